@@ -1,0 +1,1 @@
+//! Puts a Linux kernel into guest memory: images, KASLR, zero page, PVH, ACPI.

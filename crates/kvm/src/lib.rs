@@ -1,0 +1,1 @@
+//! The only user of the KVM API: virtual machines and virtual processors.

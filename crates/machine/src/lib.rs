@@ -1,0 +1,1 @@
+//! One virtual machine: its configuration, its building, its threads and its end.
