@@ -1,1 +1,13 @@
 //! Guest RAM and the table of guest-physical addresses.
+//!
+//! [`layout`] says where everything of ours lies in the guest's address space; [`Ram`] is the
+//! memory behind the part of it that is RAM. Dirty pages and files as RAM are left out until
+//! there are snapshots to take.
+
+pub mod layout;
+mod mapping;
+mod region;
+mod spec;
+
+pub use region::{Ram, Region};
+pub use spec::{HugePages, MemoryError, MemorySpec};
