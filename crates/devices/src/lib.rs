@@ -1,1 +1,4 @@
 //! Devices, one folder each.
+
+pub mod console;
+pub mod legacy;
