@@ -1,1 +1,22 @@
 //! One virtual machine: its configuration, its building, its threads and its end.
+//!
+//! [`VmConfig`] says what is asked for, [`Paused::build`] makes it, [`Paused::resume`] and
+//! [`Running::pause`] go back and forth, and [`Running::finish`] says how it ended. The machine
+//! belongs to one thread; only its processors have threads of their own.
+
+mod config;
+mod counts;
+mod cpus;
+mod error;
+mod machine;
+mod outcome;
+mod timer;
+mod vcpu;
+
+pub use config::{OnEnd, VmConfig};
+pub use counts::ExitCounts;
+pub use cpus::{CpusSpec, HostCpus};
+pub use error::ConfigError;
+pub use machine::{Paused, Running, Surroundings};
+pub use outcome::Outcome;
+pub use timer::BootTimer;

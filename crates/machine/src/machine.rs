@@ -1,0 +1,254 @@
+//! A machine that is built and paused, or running.
+
+use std::num::NonZeroU8;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use anyhow::Context;
+use boot::cache::Cache;
+use boot::{AcpiSpec, Sources, Start, tells_panics_apart};
+use bus::{Bus, EndLatch};
+use devices::console::Console;
+use devices::legacy::power::{PowerButton, RESET, SLEEP_CONTROL, SLEEP_STATUS};
+use devices::legacy::{Platform, Wiring};
+use kvm::x86::cpuid::{CpuidSpec, Template};
+use kvm::x86::msr::boot_msrs;
+use kvm::x86::regs::Entry;
+use kvm::{Host, Vcpu, Vm};
+use memory::{Ram, layout};
+use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::config::VmConfig;
+use crate::counts::{ExitCounts, Sum};
+use crate::cpus::CpusSpec;
+use crate::error::ConfigError;
+use crate::outcome::{Outcome, UNTOUCHED};
+use crate::timer::BootTimer;
+use crate::vcpu::{End, Shared, VcpuThread};
+
+/// What a machine uses and does not own: it outlives the machine, and the next one after a reboot.
+pub struct Surroundings<'a> {
+    /// KVM.
+    pub host: &'a Host,
+    /// The host's side of the serial port.
+    pub console: &'a Console,
+    /// Where unpacked kernels are kept.
+    pub cache: Option<&'a Cache>,
+    /// Where the phases of the start are marked.
+    pub timer: &'a Arc<BootTimer>,
+    /// Written when the guest has ended.
+    pub ended: &'a EventFd,
+}
+
+/// A machine whose processors do not run.
+pub struct Paused {
+    machine: Machine,
+    vcpus: Vec<Vcpu>,
+}
+
+/// A machine whose processors run, each on a thread of its own.
+pub struct Running {
+    processors: Processors,
+    machine: Machine,
+}
+
+/// What a machine has besides its processors.
+struct Machine {
+    ram: Ram,
+    button: PowerButton,
+    shared: Arc<Shared>,
+    /// The host processor for each virtual one, where they are pinned.
+    pins: Vec<Option<usize>>,
+    /// Whether this guest's panics can be told from its restarts.
+    panics_are_warm: bool,
+    _vm: Vm,
+}
+
+impl Paused {
+    /// Builds a machine, with its guest's kernel in memory and its first processor at the entry.
+    ///
+    /// # Errors
+    ///
+    /// A [`ConfigError`] where the configuration is at fault, any other error where the host is.
+    pub fn build(config: &VmConfig, around: &Surroundings<'_>) -> anyhow::Result<Self> {
+        let host = around.host;
+        let kernel = config.kernel.as_ref().ok_or(ConfigError::NoKernel)?;
+        let cpus = config.cpus.clone().unwrap_or_default();
+        let mem = config.mem.clone().unwrap_or_default();
+        let count = cpus.validate(host)?;
+        mem.validate(host.address_bits()?).map_err(ConfigError::from)?;
+        let ram = mem.map().map_err(ConfigError::from)?;
+        around.timer.mark("memory");
+        let vm = Vm::new(host, &ram)?;
+        around.timer.mark("kvm");
+        let ends = Arc::new(EndLatch::default());
+        let counts: Arc<[ExitCounts]> = (0..count.get()).map(|_| ExitCounts::default()).collect();
+        let mut platform = Platform::build(Wiring {
+            ends: ends.clone(),
+            marked: boot_mark(config, around.timer, &counts),
+            console: around.console,
+            line: &|gsi| vm.irq_line(gsi),
+        })?;
+        let cmdline = config.cmdline.clone().unwrap_or_default().line(platform.kernel_parameters);
+        let start = boot::load(
+            &Sources {
+                kernel,
+                initrd: config.initrd.as_deref(),
+                cmdline: &cmdline,
+                acpi: &AcpiSpec {
+                    vcpus: count.get(),
+                    dsdt: platform.aml.clone(),
+                    sleep_control: SLEEP_CONTROL,
+                    sleep_status: SLEEP_STATUS,
+                    reset: RESET,
+                },
+                cache: around.cache,
+            },
+            &ram,
+        )
+        .map_err(ConfigError::from)?;
+        around.timer.mark("kernel");
+        let vcpus = build_vcpus(&cpus, count, host, &vm)?;
+        enter(&vcpus[0], start, &ram)?;
+        around.timer.mark("vcpus");
+
+        let mut ports = Bus::default();
+        platform.insert_into(&mut ports);
+        ram.write_obj(UNTOUCHED, GuestAddress(layout::RESET_WORD)).context("Guest memory has no first page")?;
+        let shared = Shared {
+            ports,
+            mmio: Bus::default(),
+            ends,
+            counts,
+            stop: AtomicBool::new(false),
+            end: Mutex::new(None),
+            ended: around.ended.try_clone().context("Cannot duplicate an eventfd")?,
+        };
+        let pins = (0..count.get()).map(|index| cpus.pin.as_ref().map(|pin| pin.for_vcpu(index)));
+        let machine = Machine {
+            ram,
+            button: platform.button,
+            shared: Arc::new(shared),
+            pins: pins.collect(),
+            panics_are_warm: tells_panics_apart(&cmdline),
+            _vm: vm,
+        };
+        Ok(Self { machine, vcpus })
+    }
+
+    /// Lets the processors run.
+    pub fn resume(self) -> anyhow::Result<Running> {
+        let Self { machine, vcpus } = self;
+        machine.shared.stop.store(false, Ordering::SeqCst);
+        let mut processors = Processors { threads: Vec::with_capacity(vcpus.len()), shared: machine.shared.clone() };
+        for (vcpu, pin) in vcpus.into_iter().zip(&machine.pins) {
+            let thread = VcpuThread::spawn(vcpu, machine.shared.clone(), *pin);
+            processors.threads.push(thread.context("Cannot start a processor's thread")?);
+        }
+        Ok(Running { processors, machine })
+    }
+}
+
+impl Running {
+    /// Whether the guest has ended.
+    pub fn has_ended(&self) -> bool {
+        self.machine.shared.end.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+    }
+
+    /// Presses the power button. A guest may or may not listen to it.
+    pub fn press_power_button(&self) {
+        self.machine.button.press();
+    }
+
+    /// Stops the processors where they are.
+    pub fn pause(mut self) -> Paused {
+        let vcpus = self.processors.stop();
+        Paused { machine: self.machine, vcpus }
+    }
+
+    /// Ends the machine and says how the guest ended; `None` where it had not.
+    pub fn finish(mut self) -> Option<Outcome> {
+        self.processors.stop();
+        let Machine { ram, shared, panics_are_warm, .. } = &self.machine;
+        log::info!("exits: {}", Sum(&shared.counts));
+        let reset_word = ram.read_obj(GuestAddress(layout::RESET_WORD)).unwrap_or(UNTOUCHED);
+        let end = shared.end.lock().unwrap_or_else(PoisonError::into_inner).take();
+        Some(match end? {
+            End::Guest(end) => Outcome::of_end(end, reset_word, *panics_are_warm),
+            End::TripleFault => Outcome::of_restart(true, reset_word, *panics_are_warm),
+            End::Internal(error) => Outcome::InternalError(error),
+            End::Host(error) => Outcome::HostFailure(error.to_string()),
+        })
+    }
+}
+
+/// The threads of a machine's processors.
+struct Processors {
+    threads: Vec<VcpuThread>,
+    shared: Arc<Shared>,
+}
+
+impl Processors {
+    /// Gets all of them out of the guest, and the processors back.
+    fn stop(&mut self) -> Vec<Vcpu> {
+        self.shared.stop.store(true, Ordering::SeqCst);
+        for vcpu in &self.threads {
+            vcpu.kicker.kick(&vcpu.thread);
+        }
+        let threads = self.threads.drain(..);
+        threads.map(|vcpu| vcpu.thread.join().expect("a processor's thread does not panic")).collect()
+    }
+}
+
+impl Drop for Processors {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+/// Makes the processors and tells them what to say of themselves.
+fn build_vcpus(cpus: &CpusSpec, count: NonZeroU8, host: &Host, vm: &Vm) -> anyhow::Result<Vec<Vcpu>> {
+    let supported = host.supported_cpuid()?;
+    let spec = CpuidSpec {
+        vcpus: count,
+        features: cpus.features.clone(),
+        tsc_deadline: host.has_tsc_deadline(),
+        tsc_khz: None,
+    };
+    let template = Template::new(supported.as_slice(), &spec).map_err(ConfigError::from)?;
+    let msrs = boot_msrs();
+    let build = |index| {
+        let vcpu = vm.vcpu(index)?;
+        vcpu.identify(&template.for_vcpu(index), &msrs)?;
+        Ok(vcpu)
+    };
+    (0..count.get()).map(build).collect()
+}
+
+/// Puts the first processor at the kernel's entry.
+fn enter(vcpu: &Vcpu, start: Start, ram: &Ram) -> anyhow::Result<()> {
+    let gdt = layout::GDT;
+    let entry = match start {
+        Start::Linux64(rip) => {
+            Entry::Linux64 { rip, zero_page: layout::ZERO_PAGE, page_tables: layout::PAGE_TABLES.start, gdt }
+        }
+        Start::Pvh(eip) => Entry::Pvh { eip, start_info: layout::PVH_START_INFO, gdt },
+    };
+    for (at, descriptor) in (gdt..).step_by(8).zip(entry.gdt_entries()) {
+        ram.write_obj(descriptor, GuestAddress(at)).context("Guest memory has no first page")?;
+    }
+    vcpu.enter(entry)
+}
+
+/// What happens when the guest marks the end of its boot.
+fn boot_mark(config: &VmConfig, timer: &Arc<BootTimer>, counts: &Arc<[ExitCounts]>) -> Box<dyn FnOnce() + Send> {
+    if !config.boot_timer {
+        return Box::new(|| ());
+    }
+    let (timer, counts) = (timer.clone(), counts.clone());
+    Box::new(move || {
+        timer.mark("guest-mark");
+        eprintln!("{}boot-timer: exits {}", timer.report(), Sum(&counts));
+    })
+}
