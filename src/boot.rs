@@ -1,0 +1,215 @@
+//! Boots a machine and stays with it until it ends: the main thread's loop.
+
+use std::cell::RefCell;
+use std::path::Path;
+use std::process::ExitCode;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use boot::cache::Cache;
+use devices::console::Console;
+use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
+use kvm::Host;
+use machine::{BootTimer, ConfigError, OnEnd, Outcome, Paused, Running, Surroundings, VmConfig};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use crate::exit::{Usage, code_of_outcome, code_of_signal};
+use crate::signals::Signals;
+
+/// How long a guest has to power off after its power button was pressed.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// How long the end of the guest's output waits for a reader that has stopped.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
+/// Boots what `config` describes. Returns when the guest has ended for good.
+pub(crate) fn boot(config: &VmConfig, start: Instant) -> anyhow::Result<ExitCode> {
+    let timer = Arc::new(BootTimer::new(start));
+    let name = config.name.as_deref().unwrap_or("vmm");
+    // What the process list shows; the kernel keeps fifteen bytes of it.
+    std::fs::write("/proc/self/comm", name).context("Cannot name the process")?;
+    let host = Host::open(Path::new(Host::DEVICE)).map_err(ConfigError::from)?;
+    let cache = if config.no_kernel_cache { None } else { Cache::of_user() };
+    let mut main_loop = MainLoop::new(config)?;
+    loop {
+        let paused = {
+            let console = main_loop.console.borrow();
+            let around = Surroundings {
+                host: &host,
+                console: &console,
+                cache: cache.as_ref(),
+                timer: &timer,
+                ended: &main_loop.ended,
+            };
+            Paused::build(config, &around)?
+        };
+        main_loop.claim_console();
+        timer.mark("first-instruction");
+        let running = paused.resume()?;
+        let end = main_loop.run(&running)?;
+        let outcome = running.finish();
+        if config.boot_timer {
+            eprint!("{}", timer.report());
+        }
+        match (end, outcome) {
+            (End::Guest, Some(outcome)) if main_loop.restarts(config, &outcome) => {
+                log::info!("{outcome}: starting a new machine");
+            }
+            (_, Some(outcome)) => {
+                main_loop.finish();
+                eprintln!("{name}: {}", with_cure(&outcome));
+                return Ok(code_of_outcome(&outcome));
+            }
+            (End::Signal(signal), None) => {
+                main_loop.finish();
+                eprintln!("{name}: ended by signal {signal} before the guest powered off");
+                return Ok(code_of_signal(signal));
+            }
+            (End::Quit | End::Guest, None) => {
+                main_loop.finish();
+                eprintln!("{name}: ended at the console");
+                return Ok(ExitCode::SUCCESS);
+            }
+        }
+    }
+}
+
+/// An outcome in one line, with what to do about it where that is known.
+fn with_cure(outcome: &Outcome) -> String {
+    match outcome {
+        Outcome::InternalError(error) if error.emulation => {
+            format!(
+                "{outcome}; this host's KVM emulates instructions and cannot run unmodified kernels, `vmm check` says why"
+            )
+        }
+        outcome => outcome.to_string(),
+    }
+}
+
+/// Why the loop ended.
+enum End {
+    /// The guest ended.
+    Guest,
+    /// The user typed Ctrl-A x.
+    Quit,
+    /// A signal, and no power off in time.
+    Signal(u8),
+}
+
+/// The main thread's loop: the console, signals, and the end of the guest.
+struct MainLoop {
+    events: EventManager<Rc<RefCell<dyn MutEventSubscriber>>>,
+    console: Rc<RefCell<Console>>,
+    /// The console is part of the loop, and its terminal raw, only once a machine has been built.
+    claimed: bool,
+    signals: Rc<RefCell<Signals>>,
+    quit: Arc<AtomicBool>,
+    /// Written when a guest has ended.
+    ended: EventFd,
+    /// The signal that pressed the power button, and when patience is over.
+    stopping: Option<(u8, Instant)>,
+}
+
+impl MainLoop {
+    fn new(config: &VmConfig) -> anyhow::Result<Self> {
+        let quit = Arc::new(AtomicBool::new(false));
+        let asked = quit.clone();
+        let spec = config.serial.clone().unwrap_or_default();
+        let console = Console::open(&spec, Box::new(move || asked.store(true, Ordering::Relaxed)))
+            .map_err(|error| Usage(format!("{error:#}")))?;
+        if let Some(place) = console.describe() {
+            eprintln!("vmm: the serial console is {place}");
+        }
+        let signals = Signals::block().context("Cannot receive signals")?;
+        kvm::install_kick_handler()?;
+        let signals = Rc::new(RefCell::new(signals));
+        let ended = EventFd::new(EFD_NONBLOCK).context("Cannot make an eventfd")?;
+        let mut events: EventManager<Rc<RefCell<dyn MutEventSubscriber>>> =
+            EventManager::new().map_err(|error| anyhow::anyhow!("Cannot make an event loop: {error}"))?;
+        events.add_subscriber(signals.clone());
+        let wake = ended.try_clone().context("Cannot duplicate an eventfd")?;
+        events.add_subscriber(Rc::new(RefCell::new(Wake(wake))));
+        let console = Rc::new(RefCell::new(console));
+        Ok(Self { events, console, claimed: false, signals, quit, ended, stopping: None })
+    }
+
+    fn claim_console(&mut self) {
+        if !self.claimed {
+            self.events.add_subscriber(self.console.clone());
+            self.claimed = true;
+        }
+    }
+
+    /// Runs until the guest ends, or is to be ended.
+    fn run(&mut self, running: &Running) -> anyhow::Result<End> {
+        loop {
+            if running.has_ended() {
+                return Ok(End::Guest);
+            }
+            if self.quit.load(Ordering::Relaxed) {
+                return Ok(End::Quit);
+            }
+            let arrived = self.signals.borrow_mut().take();
+            for signal in arrived {
+                if let Some(end) = self.on_signal(signal, running) {
+                    return Ok(end);
+                }
+            }
+            let timeout = match self.stopping {
+                None => -1,
+                Some((signal, deadline)) => match deadline.saturating_duration_since(Instant::now()) {
+                    Duration::ZERO => return Ok(End::Signal(signal)),
+                    left => i32::try_from(left.as_millis()).unwrap_or(i32::MAX).saturating_add(1),
+                },
+            };
+            self.events.run_with_timeout(timeout).map_err(|error| anyhow::anyhow!("The event loop failed: {error}"))?;
+        }
+    }
+
+    fn on_signal(&mut self, signal: i32, running: &Running) -> Option<End> {
+        match signal {
+            libc::SIGTSTP => self.console.borrow_mut().suspend(),
+            libc::SIGCONT => self.console.borrow_mut().resume(),
+            signal => {
+                let signal = u8::try_from(signal).expect("signals have small numbers");
+                if self.stopping.is_some() {
+                    return Some(End::Signal(signal));
+                }
+                log::info!("signal {signal}: pressing the guest's power button");
+                running.press_power_button();
+                self.stopping = Some((signal, Instant::now() + PATIENCE));
+            }
+        }
+        None
+    }
+
+    /// Whether a guest that ended like this is followed by a new machine.
+    fn restarts(&self, config: &VmConfig, outcome: &Outcome) -> bool {
+        let action = match outcome {
+            Outcome::Reboot => config.on_reboot.unwrap_or(OnEnd::Restart),
+            Outcome::Panic => config.on_panic.unwrap_or(OnEnd::Exit),
+            _ => OnEnd::Exit,
+        };
+        action == OnEnd::Restart && self.stopping.is_none()
+    }
+
+    /// Writes what is left of the guest's output; with the console goes its claim on the terminal.
+    fn finish(self) {
+        self.console.borrow_mut().drain(LAST_WORDS);
+    }
+}
+
+/// Wakes the loop up; what for is seen elsewhere.
+struct Wake(EventFd);
+
+impl MutEventSubscriber for Wake {
+    fn init(&mut self, ops: &mut EventOps<'_>) {
+        ops.add(Events::new(&self.0, EventSet::IN)).expect("an eventfd can be watched");
+    }
+
+    fn process(&mut self, _events: Events, _ops: &mut EventOps<'_>) {
+        let _ = self.0.read();
+    }
+}

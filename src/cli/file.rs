@@ -1,0 +1,71 @@
+//! A machine's description in a TOML file.
+
+use std::path::Path;
+
+use machine::VmConfig;
+
+use crate::exit::Usage;
+
+/// A description larger than that is a mistake.
+const LARGEST: u64 = 1 << 20;
+
+/// Reads the file at `path`.
+pub(crate) fn read(path: &Path) -> Result<VmConfig, Usage> {
+    let wrong = |reason: String| Usage(format!("the configuration {} {reason}", path.display()));
+    let unreadable = |error| wrong(format!("cannot be read ({error}): give --config a TOML file"));
+    if std::fs::metadata(path).map_err(unreadable)?.len() > LARGEST {
+        return Err(wrong("is larger than 1M: give --config a TOML file".into()));
+    }
+    let text = std::fs::read_to_string(path).map_err(unreadable)?;
+    parse(&text).map_err(wrong)
+}
+
+/// Reads the text of a file. What is wrong is said with its line and, for a name, the nearest known one.
+fn parse(text: &str) -> Result<VmConfig, String> {
+    toml::from_str(text).map_err(|error| {
+        let line = error.span().map_or(1, |span| 1 + text[..span.start.min(text.len())].matches('\n').count());
+        let message = error.message().trim().replace('\n', ", ");
+        let hint = nearest_of(&message).map(|name| format!("; did you mean `{name}`?")).unwrap_or_default();
+        format!("is wrong in line {line}: {message}{hint}")
+    })
+}
+
+/// The known name nearest to the unknown one, from serde's words: "unknown field `x`, expected one of `a`, `b`".
+fn nearest_of(message: &str) -> Option<&str> {
+    let mut names = message.strip_prefix("unknown ")?.split('`').skip(1).step_by(2);
+    let unknown = names.next()?;
+    kv::nearest(unknown, names)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_has_the_names_and_keys_of_the_flags() {
+        let config = parse(
+            "name = 'web'\ncmdline = 'quiet'\non-reboot = 'exit'\n[kernel]\npath = 'bzImage'\n\
+             [mem]\nsize = '1G'\nprefault = true\n[cpus]\ncount = 2\nfeatures = '-avx2'\n",
+        )
+        .unwrap();
+        assert_eq!(config.name.as_deref(), Some("web"));
+        assert_eq!(config.mem.unwrap().size, kv::Size(1 << 30));
+        assert_eq!(config.cpus.unwrap().count, 2);
+    }
+
+    #[test]
+    fn an_unknown_key_is_named_with_its_line_and_the_nearest_known_name() {
+        let error = parse("name = 'x'\n\n[mem]\nsiez = '1G'\n").unwrap_err();
+        assert!(
+            error.contains("line 4") && error.contains("`siez`") && error.contains("did you mean `size`"),
+            "{error}"
+        );
+        assert!(!error.contains('\n'), "{error}");
+    }
+
+    #[test]
+    fn text_that_is_not_toml_is_refused_with_its_line() {
+        let error = parse("name = 'x'\nkernel bzImage\n").unwrap_err();
+        assert!(error.contains("line 2") && !error.contains('\n'), "{error}");
+    }
+}

@@ -1,0 +1,193 @@
+//! The command line: flags, subcommands and their help.
+
+mod file;
+
+use std::ffi::OsString;
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Instant;
+
+use anyhow::Context;
+use boot::KernelSpec;
+use clap::error::ErrorKind;
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
+use clap_complete::Shell;
+use devices::console::SerialSpec;
+use log::LevelFilter;
+use machine::{CpusSpec, VmConfig};
+use memory::MemorySpec;
+
+use crate::exit::{TABLE, Usage};
+
+/// Boots an unmodified Linux kernel in a small, isolated machine of its own.
+///
+/// `vmm --kernel bzImage --mem 512M` boots a kernel with its serial console on this terminal. Every flag that takes
+/// keys (`KEY=VALUE,…`) is a table with the same keys in the file that --config names.
+#[derive(Debug, Parser)]
+#[command(name = "vmm", version, args_conflicts_with_subcommands = true, disable_help_subcommand = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    boot: BootArgs,
+}
+
+#[derive(Debug, Args)]
+struct BootArgs {
+    #[command(flatten)]
+    machine: VmConfig,
+
+    /// A file that describes the machine in TOML, with the flags' names; flags override it
+    #[arg(long, value_name = "PATH", help_heading = "The machine")]
+    config: Option<PathBuf>,
+
+    /// What is logged: off, error, warn, info, debug or trace
+    #[arg(long, value_name = "LEVEL", default_value = "warn", help_heading = "The log")]
+    log_level: LevelFilter,
+
+    /// Append the log to a file instead of standard error
+    #[arg(long, value_name = "PATH", help_heading = "The log")]
+    log_file: Option<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Says whether this host can run virtual machines, and what would make it better
+    Check {
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Prints a shell's completion script
+    Completions {
+        /// The shell
+        shell: Shell,
+    },
+    /// Prints the manual page
+    Man,
+}
+
+/// Does what the command line asks. `start` is when the process began.
+pub(crate) fn run(start: Instant) -> anyhow::Result<ExitCode> {
+    let Cli { command, boot } = match parse(std::env::args_os()) {
+        Ok(cli) => cli,
+        Err(error) if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) => {
+            error.print().context("Cannot print the help")?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        Err(error) => return Err(one_line(&error).into()),
+    };
+    match command {
+        None => {
+            let BootArgs { machine, config, log_level, log_file } = boot;
+            crate::logger::start(log_level, log_file.as_deref())?;
+            let machine = match config {
+                Some(path) => machine.over(file::read(&path)?),
+                None => machine,
+            };
+            crate::boot::boot(&machine, start)
+        }
+        Some(Command::Check { json }) => anyhow::bail!("{json}"),
+        Some(Command::Completions { shell }) => {
+            clap_complete::generate(shell, &mut command_with_help(), "vmm", &mut std::io::stdout());
+            Ok(ExitCode::SUCCESS)
+        }
+        Some(Command::Man) => {
+            let page = clap_mangen::Man::new(command_with_help());
+            page.render(&mut std::io::stdout()).context("Cannot print the manual page")?;
+            std::io::stdout().flush().context("Cannot print the manual page")?;
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}
+
+fn parse(words: impl Iterator<Item = OsString>) -> Result<Cli, clap::Error> {
+    let words: Vec<OsString> = words.collect();
+    // Only who asks for the long help pays for putting it together.
+    let asks = words.iter().any(|word| word == "--help");
+    let command = if asks { command_with_help() } else { Cli::command() };
+    command.try_get_matches_from(words).and_then(|matches| Cli::from_arg_matches(&matches))
+}
+
+/// The command line with the keys of every flag in its long help, from the doc comments of their types.
+fn command_with_help() -> clap::Command {
+    let keys = [
+        ("kernel", kv::help::keys::<KernelSpec>()),
+        ("mem", kv::help::keys::<MemorySpec>()),
+        ("cpus", kv::help::keys::<CpusSpec>()),
+        ("serial", kv::help::variants::<SerialSpec>()),
+    ];
+    keys.into_iter()
+        .fold(Cli::command(), |command, (flag, keys)| {
+            command.mut_arg(flag, |arg| {
+                let help = arg.get_help().map(ToString::to_string).unwrap_or_default();
+                arg.long_help(format!("{help}\n\n{keys}"))
+            })
+        })
+        .after_long_help(format!("Exit codes:\n{TABLE}"))
+}
+
+/// What is wrong with the command line, as one line: the first sentence and the tips, without the usage.
+fn one_line(error: &clap::Error) -> Usage {
+    let text = error.to_string();
+    let mut lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
+    let first = lines.next().unwrap_or_default();
+    let first = first.strip_prefix("error: ").unwrap_or(first);
+    let more = lines.take_while(|line| !line.starts_with("Usage:") && !line.starts_with("For more information"));
+    let whole = more.fold(first.to_owned(), |whole, line| whole + "; " + line);
+    Usage(format!("{whole}; see vmm --help"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn words(text: &str) -> impl Iterator<Item = OsString> {
+        text.split(' ').map(OsString::from)
+    }
+
+    fn mistake(text: &str) -> String {
+        one_line(&parse(words(text)).unwrap_err()).to_string()
+    }
+
+    #[test]
+    fn the_command_line_is_well_formed() {
+        command_with_help().debug_assert();
+    }
+
+    #[test]
+    fn flags_are_read_into_the_machines_configuration() {
+        let cli = parse(words("vmm --kernel bzImage,entry=pvh --mem 1G,prefault --cpus 4,features=-avx2")).unwrap();
+        let machine = cli.boot.machine;
+        assert_eq!(machine.kernel.unwrap().path, PathBuf::from("bzImage"));
+        assert!(machine.mem.unwrap().prefault);
+        assert_eq!(machine.cpus.unwrap().count, 4);
+    }
+
+    #[test]
+    fn two_equals_signs_replace_the_command_line() {
+        let cli = parse(words("vmm --kernel x --cmdline==quiet")).unwrap();
+        assert_eq!(cli.boot.machine.cmdline.unwrap().line("console=ttyS0"), "quiet");
+    }
+
+    #[test]
+    fn a_mistake_is_one_line_that_names_the_flag_and_the_cure() {
+        let line = mistake("vmm --kernel x --mem 12Q");
+        assert!(line.contains("12Q") && line.contains("--mem") && !line.contains('\n'), "{line}");
+        let line = mistake("vmm --kernl x");
+        assert!(line.contains("--kernl") && line.contains("--kernel") && !line.contains('\n'), "{line}");
+    }
+
+    #[test]
+    fn the_long_help_names_every_key_once() {
+        let help = command_with_help().render_long_help().to_string();
+        for key in ["hugepages", "prefault", "features", "pin", "entry", "Exit codes"] {
+            assert_eq!(
+                help.matches(&format!("  {key} ")).count() + help.matches(&format!("{key}:\n")).count(),
+                1,
+                "{key}"
+            );
+        }
+    }
+}

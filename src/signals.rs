@@ -1,0 +1,64 @@
+//! Signals as events of the main loop, by signalfd(2).
+#![allow(unsafe_code, reason = "signalfd has no safe form")]
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::FromRawFd;
+use std::ptr;
+
+use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+
+/// The signals that the main loop handles itself.
+const HANDLED: [i32; 5] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGTSTP, libc::SIGCONT];
+
+/// Those of [`HANDLED`] that have arrived. Two of one kind may count as one.
+pub(crate) struct Signals {
+    file: File,
+    arrived: Vec<i32>,
+}
+
+impl Signals {
+    /// Takes the signals away from their default actions, for this thread and all that it starts.
+    pub(crate) fn block() -> io::Result<Self> {
+        // SAFETY: a signal set is plain bits; sigemptyset gives it its first value.
+        let mut set: libc::sigset_t = unsafe { std::mem::zeroed() };
+        // SAFETY: the set is valid for the call.
+        unsafe { libc::sigemptyset(&raw mut set) };
+        for signal in HANDLED {
+            // SAFETY: the set is valid for the call, and the signal exists.
+            unsafe { libc::sigaddset(&raw mut set, signal) };
+        }
+        // SAFETY: the set is valid for the call, and nobody asks for the old one.
+        match unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, ptr::null_mut()) } {
+            0 => {}
+            error => return Err(io::Error::from_raw_os_error(error)),
+        }
+        // SAFETY: the set is valid for the call, and -1 asks for a new descriptor.
+        let fd = unsafe { libc::signalfd(-1, &raw const set, libc::SFD_NONBLOCK | libc::SFD_CLOEXEC) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the descriptor is fresh and nobody else's.
+        let file = unsafe { File::from_raw_fd(fd) };
+        Ok(Self { file, arrived: Vec::new() })
+    }
+
+    /// The signals that have arrived since the last call, oldest first.
+    pub(crate) fn take(&mut self) -> Vec<i32> {
+        std::mem::take(&mut self.arrived)
+    }
+}
+
+impl MutEventSubscriber for Signals {
+    fn init(&mut self, ops: &mut EventOps<'_>) {
+        ops.add(Events::new(&self.file, EventSet::IN)).expect("a signalfd can be watched");
+    }
+
+    fn process(&mut self, _events: Events, _ops: &mut EventOps<'_>) {
+        // `struct signalfd_siginfo`, whose first word is the signal's number.
+        let mut info = [0; size_of::<libc::signalfd_siginfo>()];
+        while self.file.read_exact(&mut info).is_ok() {
+            self.arrived.push(i32::from_ne_bytes([info[0], info[1], info[2], info[3]]));
+        }
+    }
+}
