@@ -13,7 +13,7 @@
 
 use std::fmt::{self, Write as _};
 use std::fs::{self, DirBuilder, File, Metadata};
-use std::io::{self, Write as _};
+use std::io;
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::sync::Once;
@@ -34,6 +34,9 @@ const MAX_LINKS: usize = 64;
 const RACY: Duration = Duration::from_secs(2);
 /// Use is noted so often, and a temporary file that nobody finished is removed after so long.
 const HOUR: Duration = Duration::from_secs(3600);
+
+/// Blocks of zeros so large are not written.
+const BLOCK: usize = 64 << 10;
 
 const MAGIC: [u8; 8] = *b"vmmkrnl1";
 
@@ -276,10 +279,17 @@ impl Identity {
 
 /// Writes an entry. It is on the disk before it gets its name: a crash must not leave one with holes in it.
 fn write_entry(path: &Path, key: Key, kernel: &[u8]) -> io::Result<()> {
-    let mut file = File::options().write(true).create_new(true).mode(0o600).open(path)?;
-    let trailer = Trailer { magic: MAGIC, len: (kernel.len() as u64).into(), key: key.0 };
-    file.write_all(kernel)?;
-    file.write_all(trailer.as_bytes())?;
+    let file = File::options().write(true).create_new(true).mode(0o600).open(path)?;
+    let mut offset = 0;
+    for block in kernel.chunks(BLOCK) {
+        // Zeros become a hole, which is neither kept nor copied.
+        if block.iter().any(|&byte| byte != 0) {
+            file.write_all_at(block, offset)?;
+        }
+        offset += block.len() as u64;
+    }
+    let trailer = Trailer { magic: MAGIC, len: offset.into(), key: key.0 };
+    file.write_all_at(trailer.as_bytes(), offset)?;
     file.sync_data()
 }
 
@@ -328,6 +338,18 @@ mod tests {
         cache.remember(&identity, key);
         assert_eq!(kernel_of(&cache.find(key).unwrap()), b"kernel");
         assert_eq!(kernel_of(&cache.find_file(&identity).unwrap()), b"kernel");
+    }
+
+    #[test]
+    fn zeros_in_a_kernel_are_no_bytes_on_the_disk_and_come_back() {
+        let (_dir, cache) = cache();
+        let mut kernel = vec![0; 40 * BLOCK + 5];
+        kernel[20 * BLOCK + 7] = 1;
+        let key = Key::of(b"payload");
+        cache.store(key, &kernel);
+        let entry = cache.find(key).unwrap();
+        assert_eq!(kernel_of(&entry), kernel);
+        assert!(entry.file.metadata().unwrap().blocks() * 512 < 4 * BLOCK as u64);
     }
 
     #[test]

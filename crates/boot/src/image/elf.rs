@@ -6,6 +6,7 @@
 
 use std::ops::Range;
 
+use memory::layout::HIGH_RAM;
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
@@ -14,8 +15,6 @@ use super::source::Source;
 
 /// What every ELF file starts with.
 pub(crate) const MAGIC: &[u8; 4] = b"\x7fELF";
-/// Below stand the zero page, the command line and the tables that the VMM writes.
-const LOWEST: u64 = 1 << 20;
 /// The kernel's mapping of itself (KERNEL_IMAGE_SIZE), and so the end of any address that it is linked to.
 pub(crate) const KERNEL_IMAGE_SIZE: u64 = 1 << 30;
 /// A vmlinux has five program headers or so.
@@ -155,7 +154,7 @@ fn check_segments(loads: &[&ProgramHeader], source: &Source<'_>) -> Result<Range
         if header.filesz.get() > header.memsz.get() {
             return Err(ImageFault::SegmentWraps(start));
         }
-        if start < LOWEST || end > KERNEL_IMAGE_SIZE {
+        if start < HIGH_RAM || end > KERNEL_IMAGE_SIZE {
             return Err(ImageFault::SegmentOutside(start));
         }
         if file_end > source.len() {

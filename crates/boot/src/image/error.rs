@@ -76,8 +76,8 @@ pub enum ImageFault {
     /// The payload goes on after the size that stands behind it.
     #[error("its payload unpacks to more than the {0} bytes that it announces; copy or install it again")]
     Overlong(usize),
-    /// The announced size is more than the kernel mapping.
-    #[error("its payload announces {0} bytes unpacked, and a kernel has at most 1 GiB; copy or install it again")]
+    /// An announced size is more than the kernel mapping.
+    #[error("it announces {0} bytes, and a kernel has at most 1 GiB; copy or install it again")]
     Oversized(u64),
     /// No loadable segment.
     #[error("its ELF file has no loadable segment; name a vmlinux, not an object file")]
@@ -88,10 +88,8 @@ pub enum ImageFault {
     /// A segment's address and size exceed 64 bits, or it is larger in the file than in memory.
     #[error("its ELF segment at {0:#x} wraps or has contradictory sizes; build it again")]
     SegmentWraps(u64),
-    /// A segment outside of what a kernel may occupy.
-    #[error(
-        "its ELF segment at {0:#x} lies outside of the memory between 1 MiB and 1 GiB that a kernel may ask for; build it again"
-    )]
+    /// An address outside of what a kernel may occupy.
+    #[error("it has to be at {0:#x}, outside of the memory from 1 MiB to 1 GiB that a kernel may have; build it again")]
     SegmentOutside(u64),
     /// Notes or program headers beyond any sane size.
     #[error("its ELF headers make no sense ({0}); build it again")]

@@ -6,6 +6,7 @@
 use linux_loader::loader::bootparam::setup_header;
 use vm_memory::ByteValued;
 
+use super::elf::KERNEL_IMAGE_SIZE;
 use super::error::ImageFault;
 
 /// How many bytes of an image suffice to tell what it is.
@@ -61,7 +62,10 @@ impl BzImage {
         if needed.saturating_sub(15) > file_len || payload + u64::from(header.payload_length) > file_len {
             return Err(ImageFault::Truncated { needed, present: file_len });
         }
-        let len = |len: u64| usize::try_from(len).map_err(|_| ImageFault::Oversized(len));
+        let len = |len: u64| match usize::try_from(len) {
+            Ok(value) if len <= KERNEL_IMAGE_SIZE => Ok(value),
+            _ => Err(ImageFault::Oversized(len)),
+        };
         Ok(Self {
             header,
             code,

@@ -28,6 +28,7 @@ use std::path::Path;
 
 use linux_loader::loader::bootparam::setup_header;
 use memory::Ram;
+use memory::layout::HIGH_RAM;
 use serde::{Deserialize, Serialize};
 use vm_memory::{GuestAddress, GuestMemoryBackend, VolatileSlice};
 
@@ -284,13 +285,9 @@ fn place_kernel(
 ) -> Result<LoadedKernel, ImageFault> {
     let elf = &kernel.elf;
     let entry = match (options.entry, elf.entry, elf.pvh_entry) {
-        (EntryChoice::Pvh, _, None) => return Err(ImageFault::NoPvhEntry),
-        (EntryChoice::Pvh | EntryChoice::Auto, _, Some(eip))
-            if options.entry == EntryChoice::Pvh || elf.entry.is_none() =>
-        {
-            Entry::Pvh { eip }
-        }
+        (EntryChoice::Pvh, _, pvh) => Entry::Pvh { eip: pvh.ok_or(ImageFault::NoPvhEntry)? },
         (_, Some(entry), _) => Entry::Linux64 { rip: GuestAddress(entry) },
+        (EntryChoice::Auto, None, Some(eip)) => Entry::Pvh { eip },
         (_, None, _) => return Err(ImageFault::NoEntry(elf.raw_entry)),
     };
     let seed = options.kaslr.filter(|_| kernel.relocations.is_some());
@@ -313,6 +310,7 @@ fn place_kernel(
     let extent = placement.base..placement.base + (linked.end - linked.start);
     let target = guest_slice(memory, &extent)?;
     for segment in &elf.segments {
+        // Only what is in the file: fresh memory is zero, as .bss and .brk have to be.
         let offset = usize_of(segment.address - linked.start);
         let mut part = target.subslice(offset, segment.file_len).expect("a segment lies inside the extent");
         kernel.source.read_volatile(segment.offset, &mut part)?;
@@ -351,7 +349,7 @@ fn self_unpacking(
     let start = image.header.pref_address;
     let len = u64::from(image.header.init_size).max(image.code_len as u64);
     let linked = start..start.checked_add(len).ok_or(ImageFault::SegmentWraps(start))?;
-    if linked.start < 1 << 20 || linked.end > elf::KERNEL_IMAGE_SIZE {
+    if linked.start < HIGH_RAM || linked.end > elf::KERNEL_IMAGE_SIZE {
         return Err(ImageFault::SegmentOutside(start));
     }
     let request = Request {

@@ -7,6 +7,7 @@
 use std::ops::Range;
 
 use memory::Ram;
+use memory::layout::HIGH_RAM;
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::elf::KERNEL_IMAGE_SIZE;
@@ -88,8 +89,8 @@ fn initrd_in(region: &Range<u64>, request: &Request) -> Option<Range<u64>> {
     }
     let end = region.end.min(request.initrd_limit);
     let start = end.checked_sub(request.initrd_len)? / PAGE * PAGE;
-    // Its first page is no address for an initrd: there stands what the VMM tells the kernel.
-    (start >= region.start.max(MIB)).then(|| start..start + request.initrd_len)
+    // Below are the tables that the kernel is given.
+    (start >= region.start.max(HIGH_RAM)).then(|| start..start + request.initrd_len)
 }
 
 /// The kernel's base: a random one of the slots in what the initrd leaves, or the address that it is linked to.

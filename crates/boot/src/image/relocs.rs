@@ -11,7 +11,7 @@ use vm_memory::{VolatileMemory, VolatileSlice};
 
 use super::elf::Elf;
 use super::error::ImageFault;
-use super::source::Source;
+use super::source::{Buffer, Source};
 
 /// Lower half of __START_KERNEL_map, the virtual address of physical address 0 as linked.
 const START_KERNEL_MAP: u32 = 0x8000_0000;
@@ -20,7 +20,7 @@ const MAX_BYTES: u64 = 64 << 20;
 
 /// Relocation lists that have been read and checked.
 pub(crate) struct Relocations {
-    bytes: Vec<u8>,
+    bytes: Buffer,
     /// Three lists, where there could also be two.
     has_inverse: bool,
     /// What an entry is when it means the first byte of the kernel.
@@ -37,14 +37,14 @@ impl Relocations {
         if len > MAX_BYTES || !len.is_multiple_of(4) {
             return Err(ImageFault::RelocationLists);
         }
-        let mut bytes = vec![0; usize::try_from(len).map_err(|_| ImageFault::RelocationLists)?];
-        source.read(elf.end, &mut bytes)?;
+        let mut bytes = Buffer::new(usize::try_from(len).map_err(|_| ImageFault::RelocationLists)?)?;
+        source.read(elf.end, bytes.as_mut_slice())?;
 
         let start = u32::try_from(elf.extent.start).map_err(|_| ImageFault::SegmentOutside(elf.extent.start))?;
         let size = u32::try_from(elf.extent.end - elf.extent.start).unwrap_or(u32::MAX);
         let bias = START_KERNEL_MAP.wrapping_add(start);
         let mut lists = 0;
-        for entry in entries(&bytes) {
+        for entry in entries(bytes.as_slice()) {
             if entry == 0 {
                 lists += 1;
             } else if entry.wrapping_sub(bias) > size.saturating_sub(8) {
@@ -53,7 +53,7 @@ impl Relocations {
             }
         }
         // The zero that leads the last list is the first thing behind the ELF file, or what we have is no lists.
-        if !(2..=3).contains(&lists) || !bytes.starts_with(&[0; 4]) {
+        if !(2..=3).contains(&lists) || !bytes.as_slice().starts_with(&[0; 4]) {
             return Err(ImageFault::RelocationLists);
         }
         Ok(Some(Self { bytes, has_inverse: lists == 3, bias }))
@@ -63,7 +63,7 @@ impl Relocations {
     pub(crate) fn apply(&self, kernel: &VolatileSlice<'_>, offset: u32) -> Result<(), ImageFault> {
         let mut list = 0;
         let outside = |entry: u32| ImageFault::RelocationOutside(0xffff_ffff_0000_0000 | u64::from(entry));
-        for entry in entries(&self.bytes) {
+        for entry in entries(self.bytes.as_slice()) {
             let place = entry.wrapping_sub(self.bias) as usize;
             if entry == 0 {
                 list += if list == 0 && !self.has_inverse { 2 } else { 1 };

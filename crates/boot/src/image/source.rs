@@ -4,11 +4,12 @@
 //! them, and a mapping would turn that into a SIGBUS.
 #![allow(
     unsafe_code,
-    reason = "a large buffer is an anonymous mapping, so that its memory really goes back when it is dropped"
+    reason = "a large buffer is an anonymous mapping, so that its memory really goes back, and holes are found by lseek"
 )]
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::ptr::{self, NonNull};
 use std::slice;
@@ -52,15 +53,11 @@ impl Source<'_> {
         }
     }
 
-    /// Fills guest memory from `offset`, without a copy in between.
+    /// Fills guest memory, which is zero, from `offset`, without a copy in between.
     pub(crate) fn read_volatile(&self, offset: u64, target: &mut VolatileSlice<'_>) -> Result<(), ImageFault> {
         self.check(offset, target.len())?;
         match self {
-            Self::File { file, .. } => {
-                let mut file = *file;
-                file.seek(SeekFrom::Start(offset)).map_err(ImageFault::Read)?;
-                file.read_exact_volatile(target).map_err(|e| ImageFault::Read(io::Error::other(e)))
-            }
+            Self::File { file, .. } => read_data(file, offset, target).map_err(ImageFault::Read),
             Self::Memory(bytes) => {
                 target.copy_from(self.part(bytes, offset, target.len())?);
                 Ok(())
@@ -83,6 +80,40 @@ impl Source<'_> {
             .and_then(|start| bytes.get(start..start.checked_add(len)?))
             .ok_or(ImageFault::Truncated { needed: offset.saturating_add(len as u64), present: self.len() })
     }
+}
+
+/// Reads what is in a file and leaves out its holes, since `target` is zero: a third of a Debian kernel is zeros, which
+/// its linker and our cache leave unwritten.
+fn read_data(mut file: &File, offset: u64, target: &VolatileSlice<'_>) -> io::Result<()> {
+    let end = offset + target.len() as u64;
+    let mut at = offset;
+    while at < end {
+        let start = match seek(file, at, libc::SEEK_DATA) {
+            Err(error) if error.raw_os_error() == Some(libc::ENXIO) => break,
+            // A file system that does not know of holes has none.
+            result => result.unwrap_or(at).max(at),
+        };
+        if start >= end {
+            break;
+        }
+        let stop = seek(file, start, libc::SEEK_HOLE).unwrap_or(end).min(end);
+        let stop = if stop > start { stop } else { end };
+        file.seek(SeekFrom::Start(start))?;
+        let range = usize::try_from(start - offset).ok().zip(usize::try_from(stop - start).ok());
+        let mut part =
+            range.and_then(|(start, len)| target.subslice(start, len).ok()).ok_or(io::ErrorKind::InvalidInput)?;
+        file.read_exact_volatile(&mut part).map_err(io::Error::other)?;
+        at = stop;
+    }
+    Ok(())
+}
+
+/// Finds the next data or hole.
+fn seek(file: &File, offset: u64, whence: libc::c_int) -> io::Result<u64> {
+    let offset = i64::try_from(offset).map_err(io::Error::other)?;
+    // SAFETY: lseek touches no memory, and the descriptor is open.
+    let position = unsafe { libc::lseek(file.as_raw_fd(), offset, whence) };
+    u64::try_from(position).map_err(|_| io::Error::last_os_error())
 }
 
 /// Zeroed memory for one kernel. A mapping of its own, not the heap: what the heap has once grown to it keeps, and

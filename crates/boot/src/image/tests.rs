@@ -1,6 +1,7 @@
 //! Images of every kind, good and bad, into guest memory.
 
 use std::fs;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use proptest::prelude::*;
@@ -79,6 +80,24 @@ fn a_zstd_window_of_128_mib_is_accepted() {
     let memory = memory(64);
     load(&image, &memory, &LoadOptions::default()).unwrap();
     assert_segments(&memory, LINKED);
+}
+
+#[test]
+fn a_file_with_holes_is_read_as_if_it_had_none() {
+    // The second segment: a hole, data, a hole.
+    let mut elf = TestElf::new();
+    elf.segments[1].offset = 0x10_0000.into();
+    elf.segments[1].filesz = 0x30_0000.into();
+    elf.segments[1].memsz = 0x30_0000.into();
+    let file = file(&elf.bytes());
+    file.write_all_at(&[7; 0x1_0000], 0x20_0000).unwrap();
+    file.set_len(0x40_0000).unwrap();
+    let memory = memory(64);
+    super::load(Path::new("image"), &file, &memory, &LoadOptions::default()).unwrap();
+    let found = guest_bytes(&memory, DATA, 0x30_0000);
+    assert!(found[..0x10_0000].iter().all(|&byte| byte == 0));
+    assert!(found[0x10_0000..0x11_0000].iter().all(|&byte| byte == 7));
+    assert!(found[0x11_0000..].iter().all(|&byte| byte == 0));
 }
 
 #[test]
