@@ -47,16 +47,21 @@ pub(crate) fn boot(config: &VmConfig, start: Instant) -> anyhow::Result<ExitCode
         };
         main_loop.claim_console();
         timer.mark("first-instruction");
-        let running = paused.resume()?;
+        let mut running = paused.resume()?;
         let end = main_loop.run(&running)?;
         let outcome = running.finish();
         if config.boot_timer {
             eprint!("{}", timer.report());
         }
+        if let (End::Guest, Some(outcome)) = (&end, &outcome)
+            && main_loop.restarts(config, outcome)
+        {
+            log::info!("{outcome}: starting a new machine");
+            continue;
+        }
+        // The kernel takes a whole process apart faster than we would take the machine apart.
+        std::mem::forget(running);
         match (end, outcome) {
-            (End::Guest, Some(outcome)) if main_loop.restarts(config, &outcome) => {
-                log::info!("{outcome}: starting a new machine");
-            }
             (_, Some(outcome)) => {
                 main_loop.finish();
                 eprintln!("{name}: {}", with_cure(&outcome));

@@ -1,6 +1,7 @@
 //! The `vmm` command: reads what is asked, does it, and says how it ended.
 
 mod boot;
+mod check;
 mod cli;
 mod exit;
 mod logger;

@@ -19,7 +19,7 @@ use serde::Serialize;
 use system::System;
 
 /// Checks this host and prints what was found. The exit code is 0 only where a machine can run.
-pub fn run(json: bool) -> ExitCode {
+pub(crate) fn run(json: bool) -> ExitCode {
     let report = Report::of(&System::real());
     let text = if json { report.json() } else { report.to_string() };
     // Whoever closes the pipe early has read enough: the exit code still says the rest.
@@ -29,7 +29,7 @@ pub fn run(json: bool) -> ExitCode {
 
 /// All findings, most important first.
 #[derive(Debug, Serialize)]
-pub struct Report {
+struct Report {
     usable: bool,
     findings: Vec<Finding>,
 }

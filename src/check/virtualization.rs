@@ -106,19 +106,19 @@ fn creation_time(system: &System, took: Option<Duration>) -> Finding {
     let nx = system.read("/sys/module/kvm/parameters/nx_huge_pages");
     let nx = nx.as_deref().unwrap_or("absent");
     let mounts = system.read("/proc/self/mountinfo").unwrap_or_default();
-    let groups = match favours_moves(&mounts) {
+    let groups = cgroup_v2(&mounts);
+    let favour = match groups {
         None => "no cgroup v2",
-        Some(true) => "cgroup v2 with favordynmods",
-        Some(false) => "cgroup v2 without favordynmods",
+        Some((_, true)) => "cgroup v2 with favordynmods",
+        Some((_, false)) => "cgroup v2 without favordynmods",
     };
     let time = took.map_or_else(String::new, |took| format!("takes {took:.1?}; "));
-    let seen = format!("{time}nx_huge_pages is {nx}, {groups}");
-    let trapped = nx != "never" && favours_moves(&mounts) == Some(false);
-    if trapped && took.is_some_and(|took| took > SLOW_CREATION) {
-        return Finding::warn(id, subject, seen).cure(
-            "`sudo mount -o remount,favordynmods /sys/fs/cgroup`, or load kvm with nx_huge_pages=never \
-             where no guest is hostile or the processor is not affected",
-        );
+    let seen = format!("{time}nx_huge_pages is {nx}, {favour}");
+    if let (Some((place, false)), true) = (groups, nx != "never" && took.is_some_and(|took| took > SLOW_CREATION)) {
+        return Finding::warn(id, subject, seen).cure(format!(
+            "`sudo mount -o remount,favordynmods {place}`, or load kvm with nx_huge_pages=never where the processor is \
+             not affected or guests are trusted"
+        ));
     }
     match took {
         Some(took) if took > SLOW_CREATION => {
@@ -128,14 +128,13 @@ fn creation_time(system: &System, took: Option<Duration>) -> Finding {
     }
 }
 
-/// Whether cgroup v2 is mounted with `favordynmods` (proc(5), mountinfo); `None` where it is not
-/// mounted.
-fn favours_moves(mountinfo: &str) -> Option<bool> {
+/// Where cgroup v2 is mounted, and whether with `favordynmods` (proc(5), mountinfo).
+fn cgroup_v2(mountinfo: &str) -> Option<(&str, bool)> {
     mountinfo.lines().find_map(|line| {
-        let (_, kind) = line.split_once(" - ")?;
+        let (mount, kind) = line.split_once(" - ")?;
         let mut fields = kind.split(' ');
         let options = (fields.next()? == "cgroup2").then(|| fields.nth(1)).flatten()?;
-        Some(options.split(',').any(|option| option == "favordynmods"))
+        Some((mount.split(' ').nth(4)?, options.split(',').any(|option| option == "favordynmods")))
     })
 }
 
@@ -224,7 +223,7 @@ mod tests {
         let (_root, trapped) = system(&[(nx, "Y\n"), ("/proc/self/mountinfo", &mounts("rw,nsdelegate"))]);
         let finding = creation_time(&trapped, slow);
         assert_eq!(finding.level, Level::Warn);
-        assert!(finding.cure.is_some_and(|cure| cure.contains("favordynmods")));
+        assert!(finding.cure.is_some_and(|cure| cure.contains("remount,favordynmods /sys/fs/cgroup`")));
         assert_eq!(creation_time(&trapped, Some(SLOW_CREATION / 20)).level, Level::Ok);
         assert_eq!(creation_time(&trapped, None).seen, "nx_huge_pages is Y, cgroup v2 without favordynmods");
         let (_root, cured) = system(&[(nx, "never"), ("/proc/self/mountinfo", &mounts("rw,favordynmods"))]);
@@ -235,10 +234,11 @@ mod tests {
 
     #[test]
     fn cgroups_are_read_from_mountinfo_by_file_system_type() {
-        assert_eq!(favours_moves(""), None);
-        assert_eq!(favours_moves("1 2 0:3 / /cgroup2 rw - tmpfs favordynmods rw"), None);
-        assert_eq!(favours_moves("1 2 0:3 / / rw - cgroup2 none rw,favordynmods"), Some(true));
-        assert_eq!(favours_moves("1 2 0:3 / / rw - cgroup2 none rw"), Some(false));
+        assert_eq!(cgroup_v2(""), None);
+        assert_eq!(cgroup_v2("1 2 0:3 / /cgroup2 rw - tmpfs favordynmods rw"), None);
+        assert_eq!(cgroup_v2("1 2 0:3 / /a rw shared:4 - cgroup2 none rw,favordynmods"), Some(("/a", true)));
+        assert_eq!(cgroup_v2("1 2 0:3 / /b rw - cgroup2 none rw"), Some(("/b", false)));
+        assert_eq!(cgroup_v2("short - cgroup2 none rw"), None);
     }
 
     #[test]

@@ -88,7 +88,7 @@ pub(crate) fn run(start: Instant) -> anyhow::Result<ExitCode> {
             };
             crate::boot::boot(&machine, start)
         }
-        Some(Command::Check { json }) => anyhow::bail!("{json}"),
+        Some(Command::Check { json }) => Ok(crate::check::run(json)),
         Some(Command::Completions { shell }) => {
             clap_complete::generate(shell, &mut command_with_help(), "vmm", &mut std::io::stdout());
             Ok(ExitCode::SUCCESS)

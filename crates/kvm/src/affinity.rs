@@ -34,8 +34,7 @@ mod tests {
                 let status = std::fs::read_to_string("/proc/thread-self/status").unwrap();
                 status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:\t").map(str::to_owned))
             };
-            let first: usize =
-                allowed().unwrap().split(['-', ',']).next().unwrap().parse().unwrap();
+            let first: usize = allowed().unwrap().split(['-', ',']).next().unwrap().parse().unwrap();
             pin_to(first).unwrap();
             assert_eq!(allowed().unwrap(), first.to_string());
             assert!(pin_to(1000).is_err());

@@ -6,7 +6,7 @@ use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
 use memory::{Ram, layout};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::host::Host;
 use crate::vcpu::Vcpu;
@@ -43,11 +43,9 @@ impl Vm {
         Ok(Self { fd, ram: ram.clone() })
     }
 
-    /// An interrupt line into the I/O APIC's pin `gsi`: each write to it is an edge.
-    pub fn irq_line(&self, gsi: u32) -> anyhow::Result<EventFd> {
-        let line = EventFd::new(EFD_NONBLOCK).context("Cannot make an eventfd")?;
-        self.fd.register_irqfd(&line, gsi).with_context(|| format!("KVM_IRQFD for line {gsi}"))?;
-        Ok(line)
+    /// Connects an interrupt line to the I/O APIC's pin `gsi`: each write to it is an edge.
+    pub fn connect_irq_line(&self, gsi: u32, line: &EventFd) -> anyhow::Result<()> {
+        self.fd.register_irqfd(line, gsi).with_context(|| format!("KVM_IRQFD for line {gsi}"))
     }
 
     /// The processor with the given index, which is its APIC id as well.

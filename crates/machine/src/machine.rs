@@ -1,8 +1,10 @@
 //! A machine that is built and paused, or running.
 
+use std::cell::RefCell;
 use std::num::NonZeroU8;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
 
 use anyhow::Context;
 use boot::cache::Cache;
@@ -17,7 +19,7 @@ use kvm::x86::regs::Entry;
 use kvm::{Host, Vcpu, Vm};
 use memory::{Ram, layout};
 use vm_memory::{Bytes, GuestAddress};
-use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::config::VmConfig;
 use crate::counts::{ExitCounts, Sum};
@@ -80,35 +82,39 @@ impl Paused {
         mem.validate(host.address_bits()?).map_err(ConfigError::from)?;
         let ram = mem.map().map_err(ConfigError::from)?;
         around.timer.mark("memory");
-        let vm = Vm::new(host, &ram)?;
-        around.timer.mark("kvm");
         let ends = Arc::new(EndLatch::default());
         let counts: Arc<[ExitCounts]> = (0..count.get()).map(|_| ExitCounts::default()).collect();
+        let lines = Lines::default();
         let mut platform = Platform::build(Wiring {
             ends: ends.clone(),
             marked: boot_mark(config, around.timer, &counts),
             console: around.console,
-            line: &|gsi| vm.irq_line(gsi),
+            line: &|gsi| lines.add(gsi),
         })?;
         let cmdline = config.cmdline.clone().unwrap_or_default().line(platform.kernel_parameters);
-        let start = boot::load(
-            &Sources {
-                kernel,
-                initrd: config.initrd.as_deref(),
-                cmdline: &cmdline,
-                acpi: &AcpiSpec {
-                    vcpus: count.get(),
-                    dsdt: platform.aml.clone(),
-                    sleep_control: SLEEP_CONTROL,
-                    sleep_status: SLEEP_STATUS,
-                    reset: RESET,
-                },
-                cache: around.cache,
+        let sources = Sources {
+            kernel,
+            initrd: config.initrd.as_deref(),
+            cmdline: &cmdline,
+            acpi: &AcpiSpec {
+                vcpus: count.get(),
+                dsdt: std::mem::take(&mut platform.aml),
+                sleep_control: SLEEP_CONTROL,
+                sleep_status: SLEEP_STATUS,
+                reset: RESET,
             },
-            &ram,
-        )
-        .map_err(ConfigError::from)?;
-        around.timer.mark("kernel");
+            cache: around.cache,
+        };
+        // KVM_CREATE_VM waits until no processor of the host is in an RCU section any more, ten
+        // milliseconds and longer. The kernel is loaded meanwhile.
+        let (vm, start) = thread::scope(|scope| {
+            let vm = scope.spawn(|| Vm::new(host, &ram));
+            let start = boot::load(&sources, &ram);
+            (vm.join().expect("making a machine does not panic"), start)
+        });
+        let (vm, start) = (vm?, start.map_err(ConfigError::from)?);
+        around.timer.mark("kvm+kernel");
+        lines.connect_to(&vm)?;
         let vcpus = build_vcpus(&cpus, count, host, &vm)?;
         enter(&vcpus[0], start, &ram)?;
         around.timer.mark("vcpus");
@@ -167,8 +173,8 @@ impl Running {
         Paused { machine: self.machine, vcpus }
     }
 
-    /// Ends the machine and says how the guest ended; `None` where it had not.
-    pub fn finish(mut self) -> Option<Outcome> {
+    /// Stops the processors and says how the guest ended; `None` where it had not.
+    pub fn finish(&mut self) -> Option<Outcome> {
         self.processors.stop();
         let Machine { ram, shared, panics_are_warm, .. } = &self.machine;
         log::info!("exits: {}", Sum(&shared.counts));
@@ -204,6 +210,22 @@ impl Processors {
 impl Drop for Processors {
     fn drop(&mut self) {
         self.stop();
+    }
+}
+
+/// The interrupt lines that devices ask for before there is a machine to connect them to.
+#[derive(Default)]
+struct Lines(RefCell<Vec<(u32, EventFd)>>);
+
+impl Lines {
+    fn add(&self, gsi: u32) -> anyhow::Result<EventFd> {
+        let line = EventFd::new(EFD_NONBLOCK).context("Cannot make an eventfd")?;
+        self.0.borrow_mut().push((gsi, line.try_clone().context("Cannot duplicate an eventfd")?));
+        Ok(line)
+    }
+
+    fn connect_to(self, vm: &Vm) -> anyhow::Result<()> {
+        self.0.into_inner().into_iter().try_for_each(|(gsi, line)| vm.connect_irq_line(gsi, &line))
     }
 }
 
