@@ -18,6 +18,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::exit::{Usage, code_of_outcome, code_of_signal};
 use crate::signals::Signals;
+use crate::trim;
 
 /// How long a guest has to power off after its power button was pressed.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -48,6 +49,7 @@ pub(crate) fn boot(config: &VmConfig, start: Instant) -> anyhow::Result<ExitCode
         main_loop.claim_console();
         timer.mark("first-instruction");
         let mut running = paused.resume()?;
+        trim::drop_startup_pages();
         let end = main_loop.run(&running)?;
         let outcome = running.finish();
         if config.boot_timer {
@@ -64,7 +66,7 @@ pub(crate) fn boot(config: &VmConfig, start: Instant) -> anyhow::Result<ExitCode
         match (end, outcome) {
             (_, Some(outcome)) => {
                 main_loop.finish();
-                eprintln!("{name}: {}", with_cure(&outcome));
+                eprintln!("{name}: {}", with_cure(&outcome, &host));
                 return Ok(code_of_outcome(&outcome));
             }
             (End::Signal(signal), None) => {
@@ -82,12 +84,10 @@ pub(crate) fn boot(config: &VmConfig, start: Instant) -> anyhow::Result<ExitCode
 }
 
 /// An outcome in one line, with what to do about it where that is known.
-fn with_cure(outcome: &Outcome) -> String {
+fn with_cure(outcome: &Outcome, host: &Host) -> String {
     match outcome {
-        Outcome::InternalError(error) if error.emulation => {
-            format!(
-                "{outcome}; this host's KVM emulates instructions and cannot run unmodified kernels, `vmm check` says why"
-            )
+        Outcome::InternalError(_) => {
+            kvm::probe::explain(host).map_or(outcome.to_string(), |cure| format!("{outcome}; {cure}"))
         }
         outcome => outcome.to_string(),
     }

@@ -20,12 +20,14 @@ pub(crate) const TABLE: &str = "\
 #[error("{0}")]
 pub(crate) struct Usage(pub(crate) String);
 
+/// Whether an error is the user's mistake.
+pub(crate) fn is_usage(error: &anyhow::Error) -> bool {
+    error.is::<ConfigError>() || error.is::<Usage>()
+}
+
 /// The exit code for an error that ends the command.
 pub(crate) fn code_of(error: &anyhow::Error) -> ExitCode {
-    match error.is::<ConfigError>() || error.is::<Usage>() {
-        true => ExitCode::from(2),
-        false => ExitCode::from(1),
-    }
+    ExitCode::from(if is_usage(error) { 2 } else { 1 })
 }
 
 /// The exit code for the end of a guest.

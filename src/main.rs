@@ -6,6 +6,7 @@ mod cli;
 mod exit;
 mod logger;
 mod signals;
+mod trim;
 
 use std::process::ExitCode;
 use std::time::Instant;
@@ -15,7 +16,11 @@ fn main() -> ExitCode {
     match cli::run(start) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("vmm: {error:#}");
+            // A user's mistake is told whole by its own sentence; of a failure every cause is told.
+            match exit::is_usage(&error) {
+                true => eprintln!("vmm: {error}"),
+                false => eprintln!("vmm: {error:#}"),
+            }
             exit::code_of(&error)
         }
     }

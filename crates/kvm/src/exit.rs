@@ -65,8 +65,6 @@ pub struct InternalError {
     pub mode: &'static str,
     /// The bytes of the instruction, as far as KVM or guest memory tells.
     pub instruction: Vec<u8>,
-    /// Whether KVM met an instruction that it cannot emulate.
-    pub emulation: bool,
 }
 
 impl fmt::Display for InternalError {

@@ -13,7 +13,7 @@ mod vcpu;
 mod vm;
 pub mod x86;
 
-pub use affinity::pin_to;
+pub use affinity::{may_run_on, pin_to};
 pub use exit::{Exit, InternalError, Stuck};
 pub use host::{Host, HostError};
 pub use kick::{Kicker, install_kick_handler};

@@ -107,7 +107,6 @@ impl Vcpu {
             return self.where_it_is(format!("KVM internal error {}", failure.suberror));
         }
         let mut error = self.where_it_is("KVM cannot emulate an instruction".into());
-        error.emulation = true;
         let with_bytes = failure.flags & u64::from(KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES) != 0;
         if failure.ndata > 0 && with_bytes {
             let length = usize::from(seen.insn_size).min(seen.insn_bytes.len());
@@ -120,7 +119,7 @@ impl Vcpu {
         let rip = self.fd.get_regs().map_or(0, |regs| regs.rip);
         let sregs = self.fd.get_sregs().unwrap_or_default();
         let instruction = self.instruction_at(sregs.cs.base.wrapping_add(rip)).unwrap_or_default();
-        InternalError { reason, rip, mode: regs::mode(&sregs), instruction, emulation: false }
+        InternalError { reason, rip, mode: regs::mode(&sregs), instruction }
     }
 
     /// The bytes at a linear address, as far as they are mapped and lie in one page.

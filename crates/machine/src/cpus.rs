@@ -24,9 +24,13 @@ impl CpusSpec {
     /// The most that a machine has: an APIC id is one byte, and 255 means all of them.
     const MOST: u32 = 255;
 
-    /// Checks the number against what this host can have.
+    /// Checks the number and the pins against what this host has.
     pub(crate) fn validate(&self, host: &kvm::Host) -> Result<NonZeroU8, ConfigError> {
         let most = u32::try_from(host.max_vcpus()).unwrap_or(Self::MOST).min(Self::MOST);
+        let missing = self.pin.iter().flat_map(|pin| &pin.0).find(|cpu| !kvm::may_run_on(**cpu));
+        if let Some(cpu) = missing {
+            return Err(ConfigError::Pin(*cpu));
+        }
         let count = u8::try_from(self.count).ok().and_then(NonZeroU8::new);
         count.filter(|_| self.count <= most).ok_or(ConfigError::CpuCount { asked: self.count, most })
     }

@@ -27,7 +27,7 @@ use crate::cpus::CpusSpec;
 use crate::error::ConfigError;
 use crate::outcome::{Outcome, UNTOUCHED};
 use crate::timer::BootTimer;
-use crate::vcpu::{End, Shared, VcpuThread};
+use crate::vcpu::{End, STACK, Shared, VcpuThread};
 
 /// What a machine uses and does not own: it outlives the machine, and the next one after a reboot.
 pub struct Surroundings<'a> {
@@ -108,11 +108,11 @@ impl Paused {
         // KVM_CREATE_VM waits until no processor of the host is in an RCU section any more, ten
         // milliseconds and longer. The kernel is loaded meanwhile.
         let (vm, start) = thread::scope(|scope| {
-            let vm = scope.spawn(|| Vm::new(host, &ram));
-            let start = boot::load(&sources, &ram);
-            (vm.join().expect("making a machine does not panic"), start)
-        });
-        let (vm, start) = (vm?, start.map_err(ConfigError::from)?);
+            let builder = thread::Builder::new().name("kvm".into()).stack_size(STACK);
+            let vm = builder.spawn_scoped(scope, || Vm::new(host, &ram)).context("Cannot start a thread")?;
+            let start = boot::load(&sources, &ram).map_err(ConfigError::from)?;
+            anyhow::Ok((vm.join().expect("making a machine does not panic")?, start))
+        })?;
         around.timer.mark("kvm+kernel");
         lines.connect_to(&vm)?;
         let vcpus = build_vcpus(&cpus, count, host, &vm)?;

@@ -44,6 +44,9 @@ pub(crate) enum End {
     Host(io::Error),
 }
 
+/// Bytes of a thread's stack: ample, and too small for the host to make it one huge page.
+pub(crate) const STACK: usize = 256 << 10;
+
 /// A processor that runs. Joining its thread gives the processor back.
 pub(crate) struct VcpuThread {
     pub(crate) thread: JoinHandle<Vcpu>,
@@ -54,7 +57,8 @@ impl VcpuThread {
     /// Starts the thread `vcpu-N`, pinned to a host processor where that is asked for.
     pub(crate) fn spawn(mut vcpu: Vcpu, shared: Arc<Shared>, pin: Option<usize>) -> io::Result<Self> {
         let kicker = vcpu.kicker();
-        let thread = Builder::new().name(format!("vcpu-{}", vcpu.index())).spawn(move || {
+        let builder = Builder::new().name(format!("vcpu-{}", vcpu.index())).stack_size(STACK);
+        let thread = builder.spawn(move || {
             let pinned = pin.map_or(Ok(()), kvm::pin_to);
             let end = match pinned {
                 Ok(()) => run(&mut vcpu, &shared),

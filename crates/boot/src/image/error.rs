@@ -9,12 +9,11 @@ use thiserror::Error;
 
 /// A kernel image that cannot be booted: which one, and why.
 #[derive(Debug, Error)]
-#[error("Cannot boot the kernel image {}: {fault}.", path.display())]
+#[error("Cannot boot the kernel image {}: {fault}", path.display())]
 pub struct ImageError {
     /// The image as the user named it.
     pub path: PathBuf,
     /// What is wrong with it.
-    #[source]
     pub fault: ImageFault,
 }
 

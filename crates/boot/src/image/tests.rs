@@ -248,7 +248,7 @@ fn a_text_file_is_refused() {
     assert_eq!(
         sentence(fault),
         "Cannot boot the kernel image image: it is neither a bzImage nor an ELF vmlinux; \
-         name an x86-64 Linux kernel, such as /boot/vmlinuz-VERSION."
+         name an x86-64 Linux kernel, such as /boot/vmlinuz-VERSION"
     );
 }
 
