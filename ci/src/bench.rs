@@ -1,0 +1,31 @@
+//! `cargo xtask bench`: the figures that the project promises, measured and compared with the record in `resources/`.
+
+use anyhow::Result;
+
+mod boot;
+mod inside;
+mod record;
+
+/// What `cargo xtask bench` takes.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    #[command(subcommand)]
+    bench: Bench,
+}
+
+#[derive(clap::Subcommand)]
+enum Bench {
+    /// How long a machine takes from its start to its end, and how much memory and disk the VMM needs.
+    Boot(boot::Args),
+    /// Measure what a plan says; this is what the other verbs run in the emulated host.
+    #[command(hide = true)]
+    Inside(inside::Args),
+}
+
+/// Runs the verb.
+pub(crate) fn run(args: &Args) -> Result<()> {
+    match &args.bench {
+        Bench::Boot(args) => boot::run(args),
+        Bench::Inside(args) => inside::run(args),
+    }
+}

@@ -1,0 +1,338 @@
+//! `cargo xtask bench boot`: how long a machine takes from its start to its end, and what the VMM needs for it.
+//!
+//! Times are those of the emulated host's instruction clock, where a nanosecond is an instruction: a noise-free measure
+//! of all that a VMM costs, on its side and on the guest's. The machine has one processor, 128 MiB, no console, and an
+//! initramfs whose init reboots at once. QEMU's microvm with the same uncompressed kernel is the yardstick.
+//!
+//! Two emulated hosts run side by side; on their clock neither sees the other.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::thread;
+
+use anyhow::{Context, Result, ensure};
+
+use super::inside::{Measure, Measured, Plan, Run};
+use super::record::{Record, ratio};
+use crate::assets::{self, Flavour};
+use crate::host::Host;
+use crate::{apt, build, kernel, progress, setup};
+
+/// The guest's command line, the same for all.
+const CMDLINE: &str = "console=ttyS0 quiet loglevel=0 reboot=t panic=-1";
+/// The guest's memory in bytes.
+const RAM: u64 = 128 << 20;
+/// What the guest of the idle machine says when it has nothing more to do.
+const PROMPT: &str = "guest# ";
+/// The exit code of `vmm` for a guest that rebooted.
+const REBOOTED: i32 = 3;
+
+const HEADER: &str = "\
+# Figures of `cargo xtask bench boot`, written by it with --record. Times are nanoseconds on the instruction clock of the
+# emulated host, memory and files are bytes. The figures hold for these versions of what they depend on.
+";
+
+/// What `cargo xtask bench boot` takes.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// Write the figures to resources/numbers/boot.toml.
+    #[arg(long)]
+    record: bool,
+    /// Fail if a figure is not as good as promised, or 3% worse than on record.
+    #[arg(long)]
+    check: bool,
+}
+
+/// What is promised: a figure, alone or as a part of another, and its limit.
+struct Promise {
+    figure: &'static str,
+    part_of: Option<&'static str>,
+    limit: f64,
+}
+
+const VMLINUX: &str = "spawn to exit, vmlinux";
+const BZIMAGE: &str = "spawn to exit, bzImage";
+const NOKASLR: &str = "spawn to exit, bzImage, nokaslr";
+const SMALL: &str = "spawn to exit, small vmlinux";
+const SMALL_BZIMAGE: &str = "spawn to exit, small bzImage";
+const QEMU: &str = "spawn to exit, vmlinux, QEMU microvm";
+const FIRST: &str = "spawn to first guest instruction, vmlinux";
+const EXITS: &str = "exits to user space until init, vmlinux";
+const MEMORY: &str = "resident memory, idle";
+const BINARY: &str = "binary, stripped";
+
+const PROMISES: [Promise; 6] = [
+    Promise { figure: VMLINUX, part_of: Some(QEMU), limit: 0.48 },
+    Promise { figure: BZIMAGE, part_of: Some(VMLINUX), limit: 1.1 },
+    Promise { figure: BZIMAGE, part_of: Some(NOKASLR), limit: 1.03 },
+    Promise { figure: SMALL, part_of: None, limit: 0.29e9 },
+    Promise { figure: MEMORY, part_of: None, limit: 2.0 * MIB },
+    Promise { figure: BINARY, part_of: None, limit: 3.0 * MIB },
+];
+const MIB: f64 = 1_048_576.0;
+
+/// Runs the verb.
+pub(crate) fn run(args: &Args) -> Result<()> {
+    setup::run()?;
+    let vmm = build::vmm()?;
+    let now = measure(&vmm)?;
+    print(&now);
+    let mut broken = broken_promises(&now)?;
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../resources/numbers/boot.toml");
+    if args.record {
+        now.write(&file, HEADER)?;
+    } else {
+        match Record::read(&file)?.worse(&now) {
+            Some(worse) => broken.extend(worse),
+            None => println!("\nNo record for these versions: `cargo xtask bench boot --record` makes one."),
+        }
+    }
+    for line in &broken {
+        println!("Worse: {line}");
+    }
+    ensure!(!args.check || broken.is_empty(), "Figures are worse than promised or recorded: {}", broken.len());
+    Ok(())
+}
+
+fn measure(vmm: &Path) -> Result<Record> {
+    let kernel = assets::debian_kernel(Flavour::Cloud61)?;
+    let small = kernel::small_kernel()?;
+    let ours = Plan {
+        files: BTreeMap::from([
+            ("vmm".into(), vmm.to_owned()),
+            ("vmlinux".into(), kernel.vmlinux.clone()),
+            ("bzImage".into(), kernel.vmlinuz),
+            ("small-vmlinux".into(), small.vmlinux),
+            ("small-bzImage".into(), small.bzimage),
+            ("reboot".into(), assets::reboot_initramfs(false)?),
+            ("mark".into(), assets::reboot_initramfs(true)?),
+            ("shell".into(), assets::shell_initramfs()?),
+        ]),
+        runs: our_runs(),
+    };
+    let qemu = qemu_plan(&kernel.vmlinux)?;
+    let step = progress::step("Measuring on the instruction clock; this takes some minutes");
+    let mut measured = thread::scope(|scope| {
+        let theirs = scope.spawn(|| in_emulated_host(&qemu));
+        let mut measured = in_emulated_host(&ours)?;
+        measured.extend(theirs.join().expect("a measurement does not panic")?);
+        Ok::<_, anyhow::Error>(measured)
+    })?;
+    drop(step);
+
+    let timed = measured.remove("timer").context("No start was timed")?;
+    let started = measured.remove("start").context("No start was timed")?.value;
+    let mut figures: BTreeMap<String, u64> =
+        measured.into_iter().map(|(name, measured)| (name, measured.value)).collect();
+    let (first, exits) = boot_timer(&timed.stderr)?;
+    figures.insert(FIRST.into(), started + first);
+    figures.insert(EXITS.into(), exits);
+    figures.insert(BINARY.into(), fs::metadata(vmm)?.len());
+    let versions = BTreeMap::from([
+        ("kernel".into(), kernel.package),
+        ("small kernel".into(), small.package),
+        ("qemu".into(), qemu_version()?),
+    ]);
+    Ok(Record { versions, figures })
+}
+
+fn our_runs() -> Vec<Run> {
+    let vmm = |name: &str, measure, kernel: &str, initramfs: &str, more: &[&str]| {
+        let cmdline = format!("--cmdline=={CMDLINE}{}", if name == NOKASLR { " nokaslr" } else { "" });
+        let mut words = vec!["vmm", "--kernel", kernel, "--initrd", initramfs, "--mem", "128M", &cmdline];
+        words.extend(more);
+        Run { name: name.to_owned(), words: words.into_iter().map(str::to_owned).collect(), measure }
+    };
+    let off = ["--serial", "off", "--on-reboot", "exit"];
+    let timed = || Measure::Time { code: REBOOTED };
+    let idle = Measure::Memory { line: PROMPT.to_owned(), ram: RAM };
+    vec![
+        vmm(VMLINUX, timed(), "vmlinux", "reboot", &off),
+        vmm(BZIMAGE, timed(), "bzImage", "reboot", &off),
+        vmm(NOKASLR, timed(), "bzImage", "reboot", &off),
+        vmm(SMALL, timed(), "small-vmlinux", "reboot", &off),
+        vmm(SMALL_BZIMAGE, timed(), "small-bzImage", "reboot", &off),
+        vmm("timer", timed(), "vmlinux", "mark", &[&off[..], &["--boot-timer"]].concat()),
+        vmm(MEMORY, idle, "vmlinux", "shell", &[]),
+        // The timer counts from `main`; this is what comes before it, and a little more.
+        Run {
+            name: "start".into(),
+            words: ["vmm", "--version"].map(str::to_owned).to_vec(),
+            measure: Measure::Time { code: 0 },
+        },
+    ]
+}
+
+/// QEMU with all that it loads, so that it too runs from memory alone.
+fn qemu_plan(vmlinux: &Path) -> Result<Plan> {
+    const LOADER: &str = "ld-linux-x86-64.so.2";
+    let program = "/usr/bin/qemu-system-x86_64";
+    let mut files = BTreeMap::from([
+        ("qemu".to_owned(), PathBuf::from(program)),
+        ("vmlinux".to_owned(), vmlinux.to_owned()),
+        ("reboot".to_owned(), assets::reboot_initramfs(false)?),
+    ]);
+    for line in apt::output(Command::new("ldd").arg(program))?.lines() {
+        // Each line is `NAME => PATH (ADDRESS)`, `PATH (ADDRESS)` for the loader, or a name without a file.
+        let path = line.split_whitespace().find(|word| word.starts_with('/')).map(PathBuf::from);
+        if let Some(path) = path {
+            let name = path.file_name().context("A library has no name")?.to_string_lossy().into_owned();
+            files.insert(name, path);
+        }
+    }
+    for firmware in fs::read_dir("/usr/share/qemu")? {
+        let firmware = firmware?;
+        let name = firmware.file_name().to_string_lossy().into_owned();
+        if name.ends_with(".bin") || name.ends_with(".rom") {
+            files.insert(name, firmware.path());
+        }
+    }
+    let options = "-M microvm,acpi=off -enable-kvm -cpu host -m 128 -display none -serial none -nodefaults \
+                   -no-user-config -no-reboot -kernel vmlinux -initrd reboot";
+    let words = [LOADER, "--library-path", ".", "./qemu", "-L", ".", "-append", CMDLINE].into_iter();
+    let words = words.chain(options.split_whitespace()).map(str::to_owned).collect();
+    let run = Run { name: QEMU.to_owned(), words, measure: Measure::Time { code: 0 } };
+    Ok(Plan { files, runs: vec![run] })
+}
+
+/// Has this program carry out a plan in an emulated host.
+fn in_emulated_host(plan: &Plan) -> Result<BTreeMap<String, Measured>> {
+    let file = tempfile::NamedTempFile::new()?;
+    fs::write(file.path(), serde_json::to_string(plan)?)?;
+    let mut command = Command::new(std::env::current_exe()?);
+    command.args(["bench", "inside"]).arg(file.path());
+    let host = Host { icount: true, timeout: 3600, cpus: 1, ..Host::default() };
+    let output = host.output(&command)?;
+    let errors = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "The measurement failed: {}", errors.trim());
+    serde_json::from_slice(&output.stdout).context("The measurement's output is not understood")
+}
+
+/// What `vmm --boot-timer` says: nanoseconds from its `main` to the first guest instruction, and exits until init.
+fn boot_timer(stderr: &str) -> Result<(u64, u64)> {
+    let lines = || stderr.lines().filter_map(|line| line.strip_prefix("boot-timer: "));
+    let first = lines().find_map(|line| line.strip_prefix("first-instruction ")?.strip_suffix(" us")?.parse().ok());
+    let first: u64 = first.with_context(|| format!("No time of the first instruction in: {stderr}"))?;
+    let exits = lines().find_map(|line| line.strip_prefix("exits "));
+    let exits = exits.with_context(|| format!("No exits in: {stderr}"))?;
+    let counts = exits.split_whitespace().filter_map(|word| word.split_once('=')?.1.parse::<u64>().ok());
+    Ok((first * 1000, counts.sum()))
+}
+
+fn qemu_version() -> Result<String> {
+    apt::output(Command::new("dpkg-query").args(["--show", "--showformat", "${Version}", "qemu-system-x86"]))
+}
+
+fn print(record: &Record) {
+    for (name, version) in &record.versions {
+        println!("{name}: {version}");
+    }
+    println!();
+    for (name, value) in &record.figures {
+        println!("{name:45} {:>12}", shown(name, *value));
+    }
+    println!();
+    for promise in &PROMISES {
+        if let Some(line) = promise.line(record) {
+            println!("{line}");
+        }
+    }
+}
+
+/// A figure in the unit that its name implies.
+fn shown(name: &str, value: u64) -> String {
+    if name.starts_with("spawn") {
+        format!("{:.4} s", ratio(value, 1_000_000_000))
+    } else if name == EXITS {
+        value.to_string()
+    } else {
+        format!("{:.2} MiB", ratio(value, 1 << 20))
+    }
+}
+
+fn broken_promises(record: &Record) -> Result<Vec<String>> {
+    let mut broken = Vec::new();
+    for promise in &PROMISES {
+        let line = promise.line(record).with_context(|| format!("{} was not measured", promise.figure))?;
+        if promise.value(record).is_some_and(|value| value > promise.limit) {
+            broken.push(line);
+        }
+    }
+    Ok(broken)
+}
+
+impl Promise {
+    fn value(&self, record: &Record) -> Option<f64> {
+        let value = *record.figures.get(self.figure)?;
+        match self.part_of {
+            Some(whole) => Some(ratio(value, *record.figures.get(whole)?)),
+            None => Some(ratio(value, 1)),
+        }
+    }
+
+    fn line(&self, record: &Record) -> Option<String> {
+        let Self { figure, part_of, limit } = self;
+        let value = self.value(record)?;
+        Some(match part_of {
+            Some(whole) => format!("{figure} / {whole}: {value:.3}, promised {limit}"),
+            None if figure.starts_with("spawn") => {
+                format!("{figure}: {:.4} s, promised {} s", value / 1e9, limit / 1e9)
+            }
+            None => format!("{figure}: {:.2} MiB, promised {} MiB", value / MIB, limit / MIB),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record(figures: &[(&str, u64)]) -> Record {
+        let figures = figures.iter().map(|(name, value)| ((*name).to_owned(), *value)).collect();
+        Record { versions: BTreeMap::new(), figures }
+    }
+
+    fn all(vmlinux: u64, small: u64) -> Record {
+        record(&[
+            (VMLINUX, vmlinux),
+            (BZIMAGE, 1_050),
+            (NOKASLR, 1_030),
+            (QEMU, 2_500),
+            (SMALL, small),
+            (MEMORY, 1 << 20),
+            (BINARY, 1 << 20),
+        ])
+    }
+
+    #[test]
+    fn figures_within_the_promises_are_not_broken() {
+        assert_eq!(broken_promises(&all(1_000, 290_000_000)).unwrap(), Vec::<String>::new());
+    }
+
+    #[test]
+    fn broken_promises_are_named_with_their_limits() {
+        let broken = broken_promises(&all(1_300, 291_000_000)).unwrap();
+        assert_eq!(
+            broken,
+            [
+                "spawn to exit, vmlinux / spawn to exit, vmlinux, QEMU microvm: 0.520, promised 0.48",
+                "spawn to exit, small vmlinux: 0.2910 s, promised 0.29 s",
+            ]
+        );
+    }
+
+    #[test]
+    fn a_promise_that_was_not_measured_is_no_promise_kept() {
+        broken_promises(&record(&[(VMLINUX, 1)])).unwrap_err();
+    }
+
+    #[test]
+    fn the_boot_timer_s_lines_are_understood() {
+        let stderr = "boot-timer: kvm 200 us\nboot-timer: first-instruction 1500 us\n\
+                      boot-timer: exits io=12 mmio=3 kick=1 end=0\nvmm: the guest rebooted\n";
+        assert_eq!(boot_timer(stderr).unwrap(), (1_500_000, 16));
+        boot_timer("vmm: the guest rebooted\n").unwrap_err();
+    }
+}

@@ -1,0 +1,192 @@
+//! The part of a benchmark that runs in the emulated host: it copies files into memory, runs commands from there, and
+//! says how long each took from spawn to exit.
+//!
+//! On the instruction clock time jumps to the next timer when all processors idle, so a command that waits for the
+//! shared file system is charged arbitrary time. Hence everything is in memory, and only the second of two runs
+//! counts.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{BufReader, Read};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde::{Deserialize, Serialize};
+
+/// A folder in the emulated host's memory.
+const FOLDER: &str = "/run/bench";
+
+/// The VMM's cache of kernels takes a file to be unchanged only when it has been so for two seconds.
+const SETTLED: Duration = Duration::from_secs(3);
+
+/// What `cargo xtask bench inside` takes.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// The file that holds the plan.
+    plan: PathBuf,
+}
+
+/// What to measure.
+#[derive(Default, Serialize, Deserialize)]
+pub(super) struct Plan {
+    /// Name in the folder, and the file to copy there.
+    pub(super) files: BTreeMap<String, PathBuf>,
+    pub(super) runs: Vec<Run>,
+}
+
+/// A command line whose first word and paths are names in the folder.
+#[derive(Serialize, Deserialize)]
+pub(super) struct Run {
+    pub(super) name: String,
+    pub(super) words: Vec<String>,
+    pub(super) measure: Measure,
+}
+
+/// What is measured of a command.
+#[derive(Serialize, Deserialize)]
+pub(super) enum Measure {
+    /// The time from spawn to exit, of the second of two runs, both of which end with `code`.
+    Time { code: i32 },
+    /// The memory of the process once it has written `line`, but for mappings of `ram` bytes: the guest's.
+    Memory { line: String, ram: u64 },
+}
+
+/// What a run gave.
+#[derive(Serialize, Deserialize)]
+pub(super) struct Measured {
+    /// Nanoseconds or bytes.
+    pub(super) value: u64,
+    /// What the command wrote to stderr.
+    pub(super) stderr: String,
+}
+
+/// Runs the verb: prints what was measured, by name, as JSON.
+pub(crate) fn run(args: &Args) -> Result<()> {
+    let plan: Plan = serde_json::from_slice(&fs::read(&args.plan)?)?;
+    let folder = Path::new(FOLDER);
+    fs::create_dir_all(folder)?;
+    for (name, file) in &plan.files {
+        fs::copy(file, folder.join(name)).with_context(|| format!("Cannot copy {}", file.display()))?;
+    }
+    thread::sleep(SETTLED);
+    let mut measured = BTreeMap::new();
+    for run in &plan.runs {
+        let result = match &run.measure {
+            Measure::Time { code } => time(run, folder, *code),
+            Measure::Memory { line, ram } => memory(run, folder, line, *ram),
+        };
+        measured.insert(&run.name, result.with_context(|| format!("Cannot measure {}", run.name))?);
+    }
+    println!("{}", serde_json::to_string(&measured)?);
+    Ok(())
+}
+
+fn command(run: &Run, folder: &Path) -> Result<Command> {
+    let (program, arguments) = run.words.split_first().context("There is no command")?;
+    let mut command = Command::new(folder.join(program));
+    command.args(arguments).current_dir(folder).stdin(Stdio::null()).stdout(Stdio::null());
+    command.env("XDG_CACHE_HOME", folder.join("cache")).env("LC_ALL", "C");
+    command.stderr(File::create(folder.join("stderr"))?);
+    Ok(command)
+}
+
+fn time(run: &Run, folder: &Path, code: i32) -> Result<Measured> {
+    let mut value = 0;
+    for _ in 0..2 {
+        let mut command = command(run, folder)?;
+        let start = Instant::now();
+        let status = command.status()?;
+        value = u64::try_from(start.elapsed().as_nanos())?;
+        let stderr = fs::read_to_string(folder.join("stderr"))?;
+        ensure!(status.code() == Some(code), "It ended with {status}: {}", stderr.trim());
+    }
+    Ok(Measured { value, stderr: fs::read_to_string(folder.join("stderr"))? })
+}
+
+fn memory(run: &Run, folder: &Path, line: &str, ram: u64) -> Result<Measured> {
+    // Its standard input stays open, so that nothing ends before it is told to.
+    let mut child = command(run, folder)?.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
+    let value = wait_for(&mut child, line).and_then(|()| {
+        let smaps = fs::read_to_string(format!("/proc/{}/smaps", child.id()))?;
+        resident(&smaps, ram)
+    });
+    child.kill()?;
+    child.wait()?;
+    Ok(Measured { value: value?, stderr: fs::read_to_string(folder.join("stderr"))? })
+}
+
+/// Reads what the command writes until `text` has come.
+fn wait_for(child: &mut Child, text: &str) -> Result<()> {
+    let output = BufReader::new(child.stdout.take().context("It has no output")?);
+    let mut seen = Vec::new();
+    for byte in output.bytes() {
+        seen.push(byte?);
+        if seen.ends_with(text.as_bytes()) {
+            return Ok(());
+        }
+    }
+    bail!("It ended without saying {text:?}: {}", String::from_utf8_lossy(&seen))
+}
+
+/// The bytes of RAM that a process's mappings hold, but for those of the guest's memory, which are `ram` bytes long.
+fn resident(smaps: &str, ram: u64) -> Result<u64> {
+    let mut size = 0;
+    let mut resident = 0;
+    let mut guest = false;
+    for line in smaps.lines() {
+        let kib = |value: &str| value.trim().trim_end_matches(" kB").parse().map(|kib: u64| kib * 1024);
+        if let Some(value) = line.strip_prefix("Size:") {
+            size = kib(value)?;
+            guest |= size == ram;
+        } else if let Some(value) = line.strip_prefix("Rss:").filter(|_| size != ram) {
+            resident += kib(value)?;
+        }
+    }
+    ensure!(guest, "No mapping has the size of the guest's memory");
+    Ok(resident)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SMAPS: &str = "\
+00400000-00500000 r-xp 00000000 00:00 1 /vmm
+Size:               1024 kB
+Rss:                 600 kB
+Pss:                 600 kB
+7f0000000000-7f0008000000 rw-p 00000000 00:00 0
+Size:             131072 kB
+Rss:               90000 kB
+7ffc00000000-7ffc00021000 rw-p 00000000 00:00 0 [stack]
+Size:                132 kB
+Rss:                  12 kB
+";
+
+    #[test]
+    fn guest_memory_does_not_count_as_the_vmm_s() {
+        assert_eq!(resident(SMAPS, 128 << 20).unwrap(), 612 * 1024);
+    }
+
+    #[test]
+    fn without_guest_memory_the_figure_is_refused() {
+        resident(SMAPS, 256 << 20).unwrap_err();
+    }
+
+    #[test]
+    fn a_command_that_ends_otherwise_is_not_measured() {
+        let folder = tempfile::tempdir().unwrap();
+        std::os::unix::fs::symlink("/bin/sh", folder.path().join("sh")).unwrap();
+        let run = |script: &str| Run {
+            name: "test".into(),
+            words: ["sh", "-c", script].map(str::to_owned).to_vec(),
+            measure: Measure::Time { code: 3 },
+        };
+        let failed = time(&run("echo broken >&2; exit 1"), folder.path(), 3).err().unwrap().to_string();
+        assert!(failed.contains("broken"), "{failed}");
+        assert_eq!(time(&run("echo fine >&2; exit 3"), folder.path(), 3).unwrap().stderr, "fine\n");
+    }
+}

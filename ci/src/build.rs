@@ -1,0 +1,103 @@
+//! What Cargo builds for the other verbs, and where it puts it.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, ensure};
+use serde::Deserialize;
+
+/// An executable that holds tests.
+#[derive(Debug)]
+pub(crate) struct Executable {
+    /// The crate or the file in `tests/` that it was built from.
+    pub(crate) name: String,
+    pub(crate) path: PathBuf,
+    /// The package's directory, in which its tests run.
+    pub(crate) directory: PathBuf,
+}
+
+/// The release build of the `vmm` command.
+pub(crate) fn vmm() -> Result<PathBuf> {
+    let artifacts = build(&["build", "--release", "--package", "vmm", "--bin", "vmm"])?;
+    let executable = artifacts.into_iter().find_map(|artifact| artifact.executable);
+    executable.context("Cargo built no vmm")
+}
+
+/// The workspace's unit tests, and the integration tests that a plain `cargo test` runs.
+pub(crate) fn tests() -> Result<Vec<Executable>> {
+    test_executables(&["--workspace"])
+}
+
+/// The integration tests of a package that a plain `cargo test` leaves alone.
+pub(crate) fn integration_tests(package: &str) -> Result<Vec<Executable>> {
+    let output = cargo(&["metadata", "--no-deps", "--format-version", "1"])?;
+    let metadata: Metadata = serde_json::from_str(&output).context("Cargo's metadata is not understood")?;
+    let mut arguments = vec!["--package", package];
+    for target in metadata.packages.iter().filter(|found| found.name == package).flat_map(|found| &found.targets) {
+        if !target.test && target.kind.iter().any(|kind| kind == "test") {
+            arguments.extend(["--test", &target.name]);
+        }
+    }
+    if arguments.len() == 2 { Ok(Vec::new()) } else { test_executables(&arguments) }
+}
+
+fn test_executables(selection: &[&str]) -> Result<Vec<Executable>> {
+    let artifacts = build(&[&["test", "--no-run"], selection].concat())?;
+    let tests = artifacts.into_iter().filter(|artifact| artifact.profile.test);
+    Ok(tests
+        .filter_map(|artifact| {
+            let directory = artifact.manifest_path.parent().map(Path::to_owned)?;
+            Some(Executable { name: artifact.target.name, path: artifact.executable?, directory })
+        })
+        .collect())
+}
+
+fn build(arguments: &[&str]) -> Result<Vec<Artifact>> {
+    let output = cargo(&[arguments, &["--quiet", "--message-format", "json-render-diagnostics"]].concat())?;
+    let messages = output.lines().filter(|line| line.contains(r#""reason":"compiler-artifact""#));
+    messages.map(|line| serde_json::from_str(line).context("Cargo's message is not understood")).collect()
+}
+
+/// Runs Cargo, whose warnings and errors are for the reader. Returns what it printed.
+fn cargo(arguments: &[&str]) -> Result<String> {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let output = Command::new(cargo)
+        .args(arguments)
+        .stdin(Stdio::null())
+        .stderr(Stdio::inherit())
+        .output()
+        .context("Cannot run cargo")?;
+    ensure!(output.status.success(), "cargo {} failed", arguments.join(" "));
+    Ok(String::from_utf8(output.stdout)?)
+}
+
+#[derive(Deserialize)]
+struct Artifact {
+    executable: Option<PathBuf>,
+    manifest_path: PathBuf,
+    profile: Profile,
+    target: Target,
+}
+
+#[derive(Deserialize)]
+struct Profile {
+    test: bool,
+}
+
+#[derive(Deserialize)]
+struct Target {
+    name: String,
+    kind: Vec<String>,
+    test: bool,
+}
+
+#[derive(Deserialize)]
+struct Metadata {
+    packages: Vec<Package>,
+}
+
+#[derive(Deserialize)]
+struct Package {
+    name: String,
+    targets: Vec<Target>,
+}
