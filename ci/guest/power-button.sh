@@ -7,4 +7,7 @@ done
 mkdir -p /etc/acpi/PWRF
 printf '#!/bin/busybox sh\npoweroff -f\n' > /etc/acpi/PWRF/00000080
 chmod +x /etc/acpi/PWRF/00000080
+# acpid wants its log, and goes into the background before it listens.
+mkdir -p /var/log /var/run
 acpid
+until ls -l "/proc/$(pidof acpid)/fd" 2>/dev/null | grep -q /dev/input; do usleep 50000; done
