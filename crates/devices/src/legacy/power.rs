@@ -8,9 +8,7 @@
 use std::sync::Arc;
 
 use acpi_tables::Aml;
-use acpi_tables::aml::{
-    Device, EISAName, Interrupt, Method, Name, Notify, Package, Path, ResourceTemplate,
-};
+use acpi_tables::aml::{Device, EISAName, Interrupt, Method, Name, Notify, Package, Path, ResourceTemplate};
 use bus::{BusDevice, EndLatch, GuestEnd, Irq};
 
 /// The port of the sleep control register.
