@@ -54,6 +54,17 @@ mod tests {
     }
 
     #[test]
+    fn a_table_can_be_said_as_the_text_that_its_flag_takes() {
+        let text = parse("kernel = 'bzImage'\nmem = '1G,prefault'\ncpus = 2\nserial = 'file,path=log'\n").unwrap();
+        let tables = "[kernel]\npath = 'bzImage'\n[mem]\nsize = '1G'\nprefault = true\n[cpus]\ncount = 2\n\
+                      [serial.file]\npath = 'log'\n";
+        assert_eq!(text, parse(tables).unwrap());
+        assert_eq!(parse("serial = 'pty'\n").unwrap(), parse("[serial.pty]\n").unwrap());
+        let error = parse("name = 'x'\nmem = '12Q'\n").unwrap_err();
+        assert!(error.contains("line 2") && error.contains("12Q"), "{error}");
+    }
+
+    #[test]
     fn an_unknown_key_is_named_with_its_line_and_the_nearest_known_name() {
         let error = parse("name = 'x'\n\n[mem]\nsiez = '1G'\n").unwrap_err();
         assert!(

@@ -21,6 +21,7 @@ mod de;
 pub mod help;
 mod nearest;
 mod size;
+mod table;
 mod text;
 
 #[cfg(test)]
@@ -28,6 +29,7 @@ mod tests;
 
 pub use nearest::nearest;
 pub use size::Size;
+pub use table::text_or_table;
 
 use serde::de::DeserializeOwned;
 

@@ -18,14 +18,17 @@ use crate::cpus::CpusSpec;
 pub struct VmConfig {
     /// The kernel: a bzImage or an uncompressed vmlinux
     #[arg(long, value_name = "PATH[,entry=…]", value_parser = kv::from_str::<KernelSpec>)]
+    #[serde(deserialize_with = "kv::text_or_table")]
     pub kernel: Option<KernelSpec>,
 
     /// RAM, 512M unless said
     #[arg(long, value_name = "SIZE[,…]", value_parser = kv::from_str::<MemorySpec>)]
+    #[serde(deserialize_with = "kv::text_or_table")]
     pub mem: Option<MemorySpec>,
 
     /// Processors, 1 unless said
     #[arg(long, value_name = "N[,…]", value_parser = kv::from_str::<CpusSpec>)]
+    #[serde(deserialize_with = "kv::text_or_table")]
     pub cpus: Option<CpusSpec>,
 
     /// The initial RAM disk or file system
@@ -38,6 +41,7 @@ pub struct VmConfig {
 
     /// Where the serial console goes, stdio unless said
     #[arg(long, value_name = "KIND[,…]", value_parser = kv::from_str::<SerialSpec>)]
+    #[serde(deserialize_with = "kv::text_or_table")]
     pub serial: Option<SerialSpec>,
 
     /// A name for messages and the process list
