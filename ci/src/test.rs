@@ -17,8 +17,12 @@ use crate::place::{self, Place};
 use crate::progress::{self, Step};
 use crate::{apt, assets, setup};
 
-/// Seconds that one test executable may take.
-const TIME_LIMIT: u64 = 20 * 60;
+/// Seconds that one test executable may take; the slowest takes two minutes on a busy machine.
+const TIME_LIMIT: u64 = 8 * 60;
+/// The exit code of an executable that took longer in an emulated host.
+const TIMED_OUT: u8 = 124;
+/// Those whose guests are a few instructions long, which any KVM can run.
+const ANY_KVM: [&str; 2] = ["bad_input", "tiny"];
 /// How many tests that boot guests run at a time: each guest keeps a processor busy.
 const BOOTING_TESTS: &str = "--test-threads=2";
 
@@ -60,7 +64,8 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
         for executable in booting {
             let mut command = Command::new(&executable.path);
             command.arg(BOOTING_TESTS).env("VMM_BIN", &vmm).env("VMM_ASSETS", &assets);
-            tally.run(&place, &executable, command, args)?;
+            let any = ANY_KVM.contains(&executable.name.as_str());
+            tally.run(if any { &here } else { &place }, &executable, command, args)?;
         }
     }
     Ok(tally.close())
@@ -92,12 +97,13 @@ impl Tally {
         let step = progress::step(&format!("Testing {}", executable.name));
         command.current_dir(&executable.directory).env("CARGO_MANIFEST_DIR", &executable.directory);
         command.args(args.all.then_some("--include-ignored")).args(&args.filter);
-        let mut results = Results::default();
-        let code = place.lines(&mut command, &mut |line| {
-            if let Some(name) = results.take(line) {
-                step.at(&name);
-            }
-        })?;
+        let (mut results, mut code) = attempt(place, &mut command, &step)?;
+        // QEMU 7.2's emulation of nested paging comes to a standstill once in a while, with both of its processors
+        // busy and no timer running any more: no test in it can notice, and none has been judged.
+        if code == TIMED_OUT && matches!(place, Place::Emulated(_)) {
+            step.suspend(|| eprintln!("The emulated host stood still in {}: once more in a new one.", executable.name));
+            (results, code) = attempt(place, &mut command, &step)?;
+        }
         self.count(&step, executable, results, code);
         Ok(())
     }
@@ -128,6 +134,17 @@ impl Tally {
         println!("{} passed, {} failed", self.passed, self.failed.len());
         self.failed.is_empty()
     }
+}
+
+/// Runs one test executable once. Returns what it said and its exit code.
+fn attempt(place: &Place, command: &mut Command, step: &Step) -> Result<(Results, u8)> {
+    let mut results = Results::default();
+    let code = place.lines(command, &mut |line| {
+        if let Some(name) = results.take(line) {
+            step.at(&name);
+        }
+    })?;
+    Ok((results, code))
 }
 
 /// What one test executable said, line by line.
