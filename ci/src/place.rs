@@ -32,6 +32,19 @@ impl Place {
         Self::Emulated(host)
     }
 
+    /// The same with so many processors, where there is a choice.
+    pub(crate) fn with_cpus(self, cpus: u8) -> Self {
+        match self {
+            Self::Here => Self::Here,
+            Self::Emulated(host) => Self::Emulated(Host { cpus, ..host }),
+        }
+    }
+
+    /// Whether what fails there need not be at fault itself.
+    pub(crate) fn is_unreliable(&self) -> bool {
+        matches!(self, Self::Emulated(host) if host.cpus > 1)
+    }
+
     /// Runs `command` on our own streams. Returns its exit code, 128 and the signal's number if it died of one.
     pub(crate) fn status(&self, command: &mut Command) -> Result<u8> {
         match self {

@@ -7,6 +7,7 @@
 
 pub(crate) mod elf;
 pub(crate) mod guest;
+pub(crate) mod machine;
 pub(crate) mod process;
 pub(crate) mod pty;
 pub(crate) mod seccomp;

@@ -271,15 +271,19 @@ struct Inherited {
 fn start_qemu(host: &Host, kernel: &Kernel, inherited: Inherited, log: io::PipeWriter) -> Result<Helper> {
     let mut command = Command::new(QEMU);
     let mem = host.mem;
-    let (accelerator, cpus) = if host.icount {
-        command.args(["-icount", "shift=0,sleep=off"]);
-        ("tcg,thread=single,tb-size=1024", 1)
+    // QEMU's VMRUN and #VMEXIT clear a bit in its word of pending interrupts without a lock, so an interrupt that another
+    // thread sets at that moment is lost, and with a timer's the host stands still. When it counts instructions, timers
+    // run on the processor's own thread. Idle, the clock follows the real one (`sleep=on`): it does not jump while the
+    // host waits for the machine's files.
+    let accelerator = if host.cpus == 1 {
+        command.args(["-icount", "shift=0,sleep=on"]);
+        "tcg,thread=single,tb-size=1024"
     } else {
-        ("tcg,thread=multi,tb-size=1024", host.cpus)
+        "tcg,thread=multi,tb-size=1024"
     };
     command
         .args(["-M", "q35,hpet=off", "-accel", accelerator])
-        .args(["-cpu", "EPYC-Rome-v2,+svm,-sha-ni", "-smp", &cpus.to_string(), "-m", &mem.to_string()])
+        .args(["-cpu", "EPYC-Rome-v2,+svm,-sha-ni", "-smp", &host.cpus.to_string(), "-m", &mem.to_string()])
         .args(["-object", &format!("memory-backend-memfd,id=mem,size={mem}M,share=on"), "-numa", "node,memdev=mem"])
         .args(["-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio", "-no-reboot"])
         .args(["-chardev", &format!("socket,id=files,fd={}", inherited.files.as_raw_fd())])
