@@ -17,7 +17,7 @@ pub fn variants<T: Subcommand>() -> String {
     let choices = T::augment_subcommands(Command::new(""));
     choices.get_subcommands().fold(String::new(), |mut text, choice| {
         let about = choice.get_about().map(ToString::to_string).unwrap_or_default();
-        writeln!(text, "  {:<12} {about}", choice.get_name()).expect("a string takes every write");
+        writeln!(text, "  {:<14} {about}", choice.get_name()).expect("a string takes every write");
         text + &columns(choice.get_arguments(), "  ")
     })
 }
@@ -25,7 +25,8 @@ pub fn variants<T: Subcommand>() -> String {
 fn columns<'a>(arguments: impl Iterator<Item = &'a Arg>, indent: &str) -> String {
     arguments.fold(String::new(), |mut text, argument| {
         let help = argument.get_help().map(ToString::to_string).unwrap_or_default();
-        writeln!(text, "{indent}  {:<12} {help}", argument.get_id()).expect("a string takes every write");
+        writeln!(text, "{indent}  {:<14} {help}", argument.get_id().as_str().replace('_', "-"))
+            .expect("a string takes every write");
         text
     })
 }

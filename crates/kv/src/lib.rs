@@ -29,7 +29,7 @@ mod tests;
 
 pub use nearest::nearest;
 pub use size::Size;
-pub use table::text_or_table;
+pub use table::{text_or_table, texts_or_tables};
 
 use serde::de::DeserializeOwned;
 
