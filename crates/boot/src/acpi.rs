@@ -1,4 +1,4 @@
-//! The ACPI tables of a hardware-reduced machine: RSDP, XSDT, FADT, MADT and DSDT.
+//! The ACPI tables of a hardware-reduced machine: RSDP, XSDT, FADT, MADT, DSDT, and MCFG where there is PCI.
 //!
 //! ACPI 6.5, 5.2. Hardware-reduced means that the fixed registers of a PC do not exist and no
 //! kernel waits for them; power off and reset are one register each. The DSDT's contents come from
@@ -9,6 +9,7 @@ use acpi_tables::Aml;
 use acpi_tables::fadt::{FADTBuilder, Flags, PmProfile};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
 use acpi_tables::madt::{EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic};
+use acpi_tables::mcfg::MCFG;
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
@@ -31,6 +32,8 @@ pub struct AcpiSpec {
     pub vcpus: u8,
     /// The devices' AML, which goes into the DSDT as it is.
     pub dsdt: Vec<u8>,
+    /// Whether there is a PCI segment, with its configuration spaces at [`layout::PCI_ECAM`].
+    pub pci: bool,
     /// The port of the sleep control register (4.8.3.7).
     pub sleep_control: u16,
     /// The port of the sleep status register.
@@ -55,6 +58,12 @@ impl AcpiSpec {
         let mut xsdt = XSDT::new(OEM, TABLE, REVISION);
         xsdt.add_entry(fadt);
         xsdt.add_entry(madt);
+        if self.pci {
+            // One segment with one bus (PCI Firmware 3.3, 4.1.2).
+            let mut mcfg = MCFG::new(OEM, TABLE, REVISION);
+            mcfg.add_ecam(layout::PCI_ECAM, 0, 0, 0);
+            xsdt.add_entry(tables.append(&mcfg));
+        }
         let xsdt = tables.append(&xsdt);
         let mut rsdp = Vec::new();
         Rsdp::new(OEM, xsdt).to_aml_bytes(&mut rsdp);
@@ -120,7 +129,7 @@ mod tests {
 
     fn tables(vcpus: u8) -> Vec<u8> {
         let dsdt = vec![0x5b; 100];
-        AcpiSpec { vcpus, dsdt, sleep_control: 0x600, sleep_status: 0x601, reset: (0x602, 1) }.bytes()
+        AcpiSpec { vcpus, dsdt, pci: true, sleep_control: 0x600, sleep_status: 0x601, reset: (0x602, 1) }.bytes()
     }
 
     fn at(bytes: &[u8], address: u64) -> &[u8] {
@@ -147,7 +156,7 @@ mod tests {
     fn every_table_is_found_from_the_root_and_its_bytes_add_up_to_zero() {
         let bytes = tables(2);
         assert_eq!(&bytes[..8], b"RSD PTR ");
-        for signature in [b"FACP", b"APIC", b"DSDT"] {
+        for signature in [b"FACP", b"APIC", b"MCFG", b"DSDT"] {
             let sum = table(&bytes, signature).iter().fold(0u8, |sum, byte| sum.wrapping_add(*byte));
             assert_eq!(sum, 0, "{signature:?}");
         }
@@ -172,5 +181,14 @@ mod tests {
         assert_eq!(madt.len(), 44 + 255 * 8 + 12);
         assert_eq!(madt[44 + 254 * 8..][..5], [0, 8, 254, 254, 1]);
         assert_eq!(madt[44 + 255 * 8], 1);
+    }
+
+    #[test]
+    fn the_mcfg_says_where_the_one_bus_is_configured() {
+        let bytes = tables(1);
+        let mcfg = table(&bytes, b"MCFG");
+        assert_eq!((mcfg.len(), u64_at(mcfg, 44), u64_at(mcfg, 52)), (60, layout::PCI_ECAM, 0));
+        let without = AcpiSpec::default().bytes();
+        assert!(!without.windows(4).any(|word| word == b"MCFG"));
     }
 }

@@ -17,6 +17,11 @@ impl Irq {
         Self { line, broken: AtomicBool::new(false) }
     }
 
+    /// The irqfd itself, for whoever raises the interrupt in this one's place.
+    pub fn line(&self) -> &EventFd {
+        &self.line
+    }
+
     /// Raises the interrupt.
     pub fn raise(&self) {
         // The one error that an eventfd's write has is a full counter, which means that an edge

@@ -1,4 +1,4 @@
-//! Port and memory-mapped I/O dispatch, and interrupt lines.
+//! Port and memory-mapped I/O dispatch, interrupt lines, and PCI.
 //!
 //! A [`Bus`] is filled while the machine is built and never changes while it runs, so the lookup
 //! takes no lock; only the device that is found is locked, because several virtual processors may
@@ -6,6 +6,7 @@
 
 mod event;
 mod irq;
+pub mod pci;
 
 pub use event::{EndLatch, GuestEnd};
 pub use irq::Irq;

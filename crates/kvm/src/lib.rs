@@ -7,6 +7,7 @@
 mod affinity;
 mod exit;
 mod host;
+mod irq;
 mod kick;
 pub mod probe;
 mod vcpu;
@@ -16,6 +17,7 @@ pub mod x86;
 pub use affinity::{may_run_on, pin_to};
 pub use exit::{Exit, InternalError, Stuck};
 pub use host::{Host, HostError};
+pub use irq::MsiRoutes;
 pub use kick::{Kicker, install_kick_handler};
 pub use vcpu::Vcpu;
-pub use vm::Vm;
+pub use vm::{Doorbell, Place, Value, Vm};

@@ -1,19 +1,56 @@
-//! A virtual machine: memory slots, interrupt controllers, interrupt lines, processors.
+//! A virtual machine: memory slots, interrupt controllers, interrupt lines, doorbells, processors.
 #![allow(unsafe_code, reason = "KVM takes guest memory as an address")]
+
+use std::sync::Arc;
 
 use anyhow::Context;
 use kvm_bindings::kvm_userspace_memory_region;
-use kvm_ioctls::VmFd;
+use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
 use memory::{Ram, layout};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::host::Host;
+use crate::irq::MsiRoutes;
 use crate::vcpu::Vcpu;
+
+/// Writes of the guest that are nothing but a signal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Doorbell {
+    /// Where they go.
+    pub at: Place,
+    /// What they say.
+    pub value: Value,
+}
+
+/// An address that the guest writes to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// A port.
+    Port(u16),
+    /// A guest-physical address.
+    Memory(u64),
+}
+
+/// What a write must say to ring a doorbell. One of another width or value exits as any other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Value {
+    /// Anything, at any width. The fastest in memory: KVM need not decode the instruction where the processor says the
+    /// address.
+    Any,
+    /// This byte.
+    U8(u8),
+    /// These two bytes.
+    U16(u16),
+    /// These four bytes.
+    U32(u32),
+    /// These eight bytes.
+    U64(u64),
+}
 
 /// A virtual machine with in-kernel interrupt controllers.
 pub struct Vm {
-    fd: VmFd,
+    fd: Arc<VmFd>,
     /// Keeps the memory mapped for as long as KVM uses it.
     ram: Ram,
 }
@@ -40,12 +77,44 @@ impl Vm {
             unsafe { fd.set_user_memory_region(slot) }
                 .with_context(|| format!("KVM refuses guest memory at {:#x}", region.start_addr().0))?;
         }
-        Ok(Self { fd, ram: ram.clone() })
+        Ok(Self { fd: Arc::new(fd), ram: ram.clone() })
     }
 
     /// Connects an interrupt line to the I/O APIC's pin `gsi`: each write to it is an edge.
     pub fn connect_irq_line(&self, gsi: u32, line: &EventFd) -> anyhow::Result<()> {
         self.fd.register_irqfd(line, gsi).with_context(|| format!("KVM_IRQFD for line {gsi}"))
+    }
+
+    /// Has the messages of `routes` lead to this machine's processors.
+    ///
+    /// # Panics
+    ///
+    /// When they lead to another machine's.
+    pub fn connect_messages(&self, routes: &MsiRoutes) {
+        routes.bind(self.fd.clone());
+    }
+
+    /// Has KVM write to `bell` where the guest rings it, in place of an exit.
+    pub fn connect_doorbell(&self, doorbell: Doorbell, bell: &EventFd) -> anyhow::Result<()> {
+        let Doorbell { at, value } = doorbell;
+        let address = match at {
+            Place::Port(port) => IoEventAddress::Pio(port.into()),
+            Place::Memory(address) => IoEventAddress::Mmio(address),
+        };
+        match value {
+            Value::Any => self.fd.register_ioevent(bell, &address, NoDatamatch),
+            Value::U8(value) => self.fd.register_ioevent(bell, &address, value),
+            Value::U16(value) => self.fd.register_ioevent(bell, &address, value),
+            Value::U32(value) => self.fd.register_ioevent(bell, &address, value),
+            Value::U64(value) => self.fd.register_ioevent(bell, &address, value),
+        }
+        .with_context(|| format!("KVM_IOEVENTFD for {doorbell:x?}"))
+    }
+
+    /// The machine itself, for what only this crate does.
+    #[cfg(test)]
+    pub(crate) fn fd(&self) -> &VmFd {
+        &self.fd
     }
 
     /// The processor with the given index, which is its APIC id as well.
@@ -54,3 +123,7 @@ impl Vm {
         Vcpu::new(fd, index, self.fd.run_size(), self.ram.clone())
     }
 }
+
+#[cfg(test)]
+#[path = "vm/tests.rs"]
+mod tests;

@@ -102,6 +102,7 @@ impl Paused {
                 sleep_control: SLEEP_CONTROL,
                 sleep_status: SLEEP_STATUS,
                 reset: RESET,
+                pci: false,
             },
             cache: around.cache,
         };

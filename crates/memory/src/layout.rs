@@ -35,6 +35,14 @@ pub const HIGH_RAM: u64 = MIB;
 
 /// The hole in RAM for devices.
 pub const MMIO_HOLE: Range<u64> = 3 * GIB..4 * GIB;
+/// Where the regions of PCI functions lie that must be below 4 GiB.
+pub const PCI_BARS32: Range<u64> = 0xc000_0000..0xd000_0000;
+/// Registers of the first device behind memory-mapped registers; the others follow, 4 KiB each.
+pub const VIRTIO_MMIO: u64 = 0xd000_0000;
+/// The interrupt lines of those devices: the I/O APIC's pins above the platform's own.
+pub const VIRTIO_GSIS: Range<u32> = 6..24;
+/// The configuration spaces of the PCI functions, 1 MiB for the one bus.
+pub const PCI_ECAM: u64 = 0xe000_0000;
 /// The I/O APIC's registers.
 pub const IO_APIC: u64 = 0xfec0_0000;
 /// The local APICs' registers.
@@ -60,6 +68,14 @@ pub fn ram_end(size: u64) -> u64 {
     ram(size).last().map_or(0, |range| range.end)
 }
 
+/// Where the regions of PCI functions lie that may be anywhere: above the RAM of a machine with `size` bytes, up to what
+/// a processor with `address_bits` reaches. Empty where nothing is left.
+pub fn pci_bars64(size: u64, address_bits: u8) -> Range<u64> {
+    let limit = 1u64.checked_shl(address_bits.into()).unwrap_or(u64::MAX);
+    let start = ram_end(size).max(MMIO_HOLE.end).checked_next_multiple_of(GIB).unwrap_or(limit);
+    start.min(limit)..limit
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -77,6 +93,27 @@ mod tests {
         assert_eq!(ram(6 * GIB), [0..3 * GIB, 4 * GIB..7 * GIB]);
         assert_eq!(ram_end(6 * GIB), 7 * GIB);
         assert_eq!(ram_end(u64::MAX), u64::MAX);
+    }
+
+    #[test]
+    fn pci_regions_begin_above_ram_and_end_where_the_processor_does() {
+        assert_eq!(pci_bars64(512 * MIB, 40), 4 * GIB..1024 * GIB);
+        assert_eq!(pci_bars64(6 * GIB + MIB, 36), 8 * GIB..64 * GIB);
+        assert!(pci_bars64(63 * GIB, 36).is_empty());
+        assert!(pci_bars64(512 * MIB, 32).is_empty());
+        assert!(pci_bars64(u64::MAX, 64).is_empty());
+    }
+
+    #[test]
+    fn the_areas_of_the_hole_do_not_overlap() {
+        let areas = [
+            MMIO_HOLE.start..PCI_BARS32.start,
+            PCI_BARS32,
+            VIRTIO_MMIO..PCI_ECAM,
+            PCI_ECAM..PCI_ECAM + MIB,
+            IO_APIC..MMIO_HOLE.end,
+        ];
+        assert!(areas.windows(2).all(|pair| pair[0].end <= pair[1].start));
     }
 
     #[test]
