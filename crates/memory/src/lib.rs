@@ -4,10 +4,12 @@
 //! memory behind the part of it that is RAM. Dirty pages and files as RAM are left out until
 //! there are snapshots to take.
 
+mod discard;
 pub mod layout;
 mod mapping;
 mod region;
 mod spec;
 
+pub use discard::{discard, discard_mapped};
 pub use region::{Ram, Region};
 pub use spec::{HugePages, MemoryError, MemorySpec};
