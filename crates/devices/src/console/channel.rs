@@ -139,7 +139,7 @@ impl Channel {
             Ok(()) => self.watched = wanted,
             // The guest decides how often this runs.
             Err(error) if !std::mem::replace(&mut self.warned, true) => {
-                log::error!("Cannot watch the serial console: {error}");
+                log::error!("Cannot watch the console: {error}");
             }
             Err(_) => {}
         }

@@ -1,21 +1,22 @@
-//! The host's side of the serial port: where the guest's output goes and its input comes from.
+//! The host's side of the serial port, or of the virtio console: where the guest's output goes and its input comes from.
 //!
 //! ```text
-//! vCPU thread ── Serial ──▶ Port: output queue ──▶ Console ──▶ reader      (the main thread, by its event loop)
-//!                           Port: input queue  ◀── Console ◀── writer
+//! vCPU thread ── Serial ─────▶ Port: output queue ──▶ Console ──▶ reader      (the main thread, by its event loop)
+//! I/O thread  ── HvcHandler ─▶ Port: input queue  ◀── Console ◀── writer
 //! ```
 //!
-//! A vCPU thread only ever takes the port's lock for a moment, and wakes the main thread when a queue stops being empty;
-//! a millisecond later, so that a line is one write and not one a byte.
+//! The guest's side only ever takes the port's lock for a moment, and wakes the main thread when a queue stops being
+//! empty; the serial port a millisecond later, so that a line is one write and not one a byte.
 //! So a reader who stops never stops the guest: output waits in a queue of bounded size, then the oldest is dropped and
 //! counted. Input is never dropped: when the queue is full we stop reading, and the writer waits.
 //!
 //! A [`Console`] lives as long as the process. Each machine that is built, at start and at every reboot of the guest,
-//! takes a fresh [`Serial`] from [`Console::attach`].
+//! takes a fresh [`Serial`] from [`Console::attach`], or a fresh [`Hvc`] from [`Console::attach_hvc`].
 
 mod channel;
 mod escape;
 mod file;
+pub(crate) mod output;
 mod pty;
 mod socket;
 mod sys;
@@ -30,7 +31,7 @@ pub use socket::SocketSpec;
 
 use std::collections::VecDeque;
 use std::io::{self, ErrorKind};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, RawFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -39,7 +40,8 @@ use bus::Irq;
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use serde::{Deserialize, Serialize};
 
-use crate::legacy::serial::{Port, Serial};
+use crate::hvc::{self, Hvc};
+use crate::legacy::serial::{self, Serial};
 use channel::{Channel, Direction};
 use escape::{Command, Escape};
 use file::LogFile;
@@ -47,7 +49,7 @@ use pty::Pty;
 use socket::Listener;
 use terminal::Terminal;
 
-/// The guest's first serial port, its console.
+/// The guest's first serial port, its console; or the virtio console, in its place.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::Subcommand)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub enum SerialSpec {
@@ -75,9 +77,43 @@ const ROUNDS: usize = 4;
 /// Between two lines in the log about output that was lost.
 const LOG_PAUSE: Duration = Duration::from_secs(60);
 
-/// The host's side of the guest's serial port; the main thread's event loop runs it.
-pub struct Console {
-    port: Arc<Port>,
+/// What is between a console and the device that the guest sees: two queues, and a descriptor that wakes the console.
+pub trait GuestSide: Sized {
+    /// Empty queues.
+    ///
+    /// # Errors
+    ///
+    /// The host has no room for a descriptor.
+    fn new() -> io::Result<Arc<Self>>;
+
+    /// A descriptor that becomes readable when the console has something to do. It need not be read: watch for edges.
+    fn woken(&self) -> RawFd;
+
+    /// Has the console look at this port once more.
+    fn wake(&self);
+
+    /// Moves all output into `empty`, which becomes the queue, and returns how many bytes were lost since the last time.
+    fn take_output(&self, empty: &mut VecDeque<u8>) -> u64;
+
+    /// Whether output waits.
+    fn has_output(&self) -> bool;
+
+    /// Adds a message of ours to the output.
+    fn print(&self, text: &str);
+
+    /// From now on output goes nowhere, and wakes nobody.
+    fn discard_output(&self);
+
+    /// How many bytes of input there is room for. After a 0 the console is woken once there is room.
+    fn input_room(&self) -> usize;
+
+    /// Adds input, at most what [`Self::input_room`] said and a byte for a key that was held back.
+    fn push_input(&self, bytes: &[u8]);
+}
+
+/// The host's side of the guest's console; the main thread's event loop runs it.
+pub struct Console<P = serial::Port> {
+    port: Arc<P>,
     end: End,
     input: Option<Channel>,
     output: Output,
@@ -115,13 +151,53 @@ enum Output {
 }
 
 impl Console {
-    /// Opens what `spec` names. A terminal becomes raw only when the console is given to an event loop. `quit` runs on
-    /// the event loop's thread when the user types Ctrl-A x.
+    /// Opens what `spec` names, for the serial port. A terminal becomes raw only when the console is given to an event
+    /// loop. `quit` runs on the event loop's thread when the user types Ctrl-A x.
     ///
     /// # Errors
     ///
     /// The file, pseudo-terminal or socket cannot be had; the message says which and what to do.
     pub fn open(spec: &SerialSpec, quit: Box<dyn Fn() + Send>) -> anyhow::Result<Self> {
+        Self::build(spec, quit)
+    }
+
+    /// A serial port for a machine that is being built. The machine before it must be gone: input that it has not read
+    /// goes to the new one.
+    pub fn attach(&self, irq: Irq) -> Serial {
+        self.port.attach(irq)
+    }
+}
+
+impl Console<hvc::Port> {
+    /// As [`Console::open`], for the virtio console.
+    ///
+    /// # Errors
+    ///
+    /// See there.
+    pub fn open_hvc(spec: &SerialSpec, quit: Box<dyn Fn() + Send>) -> anyhow::Result<Self> {
+        let console = Self::build(spec, quit)?;
+        console.resize();
+        Ok(console)
+    }
+
+    /// A virtio console for a machine that is being built. The machine before it must be gone: input that it has not
+    /// read goes to the new one.
+    pub fn attach_hvc(&self) -> Hvc {
+        Hvc::new(self.port.clone())
+    }
+
+    /// Tells the guest the terminal's size: for SIGWINCH, and for SIGCONT.
+    pub fn resize(&self) {
+        if let End::Terminal(terminal, _) = &self.end
+            && let Some(size) = terminal.size()
+        {
+            self.port.resize(size);
+        }
+    }
+}
+
+impl<P: GuestSide> Console<P> {
+    fn build(spec: &SerialSpec, quit: Box<dyn Fn() + Send>) -> anyhow::Result<Self> {
         match spec {
             SerialSpec::Off => Self::new(End::Off, None, Output::Nowhere, quit),
             SerialSpec::Stdio => Self::stdio(io::stdin().as_fd(), io::stdout().as_fd(), quit),
@@ -136,7 +212,11 @@ impl Console {
         }
     }
 
-    fn stdio(input: BorrowedFd<'_>, output: BorrowedFd<'_>, quit: Box<dyn Fn() + Send>) -> anyhow::Result<Self> {
+    pub(crate) fn stdio(
+        input: BorrowedFd<'_>,
+        output: BorrowedFd<'_>,
+        quit: Box<dyn Fn() + Send>,
+    ) -> anyhow::Result<Self> {
         let at_terminal = io::IsTerminal::is_terminal(&input);
         let input = Channel::inherited(input, Direction::Input)?;
         let output = Channel::inherited(output, Direction::Output)?;
@@ -145,7 +225,7 @@ impl Console {
     }
 
     fn new(end: End, input: Option<Channel>, output: Output, quit: Box<dyn Fn() + Send>) -> anyhow::Result<Self> {
-        let port = Port::new().context("Cannot make a timer for the serial console")?;
+        let port = P::new().context("Cannot make a timer for the console")?;
         if matches!(output, Output::Nowhere) {
             port.discard_output();
         }
@@ -163,13 +243,7 @@ impl Console {
         })
     }
 
-    /// A serial port for a machine that is being built. The machine before it must be gone: input that it has not read
-    /// goes to the new one.
-    pub fn attach(&self, irq: Irq) -> Serial {
-        self.port.attach(irq)
-    }
-
-    /// Whether the machine is to have no serial port at all.
+    /// Whether the machine is to have no such console at all.
     pub fn is_off(&self) -> bool {
         matches!(self.end, End::Off)
     }
@@ -268,7 +342,7 @@ impl Console {
             (_, Output::File(_)) => self.skip_output(error),
             (_, Output::Channel(channel)) if channel.is_always_ready() => self.skip_output(error),
             _ => {
-                log::warn!("Nobody reads the serial console any more, its output is dropped: {error}");
+                log::warn!("Nobody reads the console any more, its output is dropped: {error}");
                 self.unsent.clear();
                 self.port.discard_output();
                 self.retire_output(Output::Nowhere);
@@ -338,7 +412,7 @@ impl Console {
             (End::Terminal(terminal, _), Some(_)) if terminal.lost_foreground() => terminal.forget(),
             _ => {
                 if let Some(error) = error {
-                    log::warn!("Cannot read the serial console's input, the guest gets no more of it: {error}");
+                    log::warn!("Cannot read the console's input, the guest gets no more of it: {error}");
                 }
                 self.retired.extend(self.input.take());
             }
@@ -402,7 +476,7 @@ impl Console {
     }
 }
 
-impl MutEventSubscriber for Console {
+impl<P: GuestSide> MutEventSubscriber for Console<P> {
     fn init(&mut self, ops: &mut EventOps<'_>) {
         // A new edge comes whenever the port's timer runs out, so that it need not be read.
         let edge = EventSet::IN | EventSet::EDGE_TRIGGERED;
@@ -411,7 +485,7 @@ impl MutEventSubscriber for Console {
             watched = watched.and(ops.add(Events::with_data(listener, CLIENT, edge)));
         }
         if let Err(error) = watched {
-            log::error!("Cannot watch the serial console: {error}");
+            log::error!("Cannot watch the console: {error}");
         }
         self.accept_clients();
         self.read_input();
@@ -450,17 +524,14 @@ impl Losses {
 
     fn report(&mut self) {
         if self.bytes > 0 && self.may_tell() {
-            log::warn!("The serial console's reader was too slow: {} bytes of output were dropped", self.bytes);
+            log::warn!("The console's reader was too slow: {} bytes of output were dropped", self.bytes);
             self.bytes = 0;
         }
     }
 
     fn report_failure(&mut self, error: &io::Error) {
         if self.may_tell() {
-            log::warn!(
-                "Cannot write the serial console's output: {error}: {} bytes of output were dropped",
-                self.bytes
-            );
+            log::warn!("Cannot write the console's output: {error}: {} bytes of output were dropped", self.bytes);
             self.bytes = 0;
         }
     }

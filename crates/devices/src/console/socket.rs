@@ -3,16 +3,14 @@
 //! Whoever can connect can type at the guest's console, so the socket is made for its user only (0600).
 
 use std::fs;
-use std::io::{self, ErrorKind};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
-use std::os::unix::fs::FileTypeExt as _;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use anyhow::{Context as _, bail};
 use serde::{Deserialize, Serialize};
 
 use super::sys;
+use crate::unix;
 
 /// A Unix socket to connect to; what the guest says before that waits, up to 64 KiB.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, clap::Args)]
@@ -30,13 +28,8 @@ pub(super) struct Listener {
 
 impl Listener {
     pub(super) fn open(spec: &SocketSpec) -> anyhow::Result<Self> {
-        let path = &spec.path;
-        remove_stale(path)?;
-        let socket = sys::listen(path).with_context(|| {
-            let name = path.display();
-            format!("Cannot make the serial console's socket {name}: choose a short path that this user can write to")
-        })?;
-        Ok(Self { listener: UnixListener::from(socket), path: path.clone() })
+        let listener = unix::listen(&spec.path, 4, "the serial console")?;
+        Ok(Self { listener, path: spec.path.clone() })
     }
 
     /// The next client, if one waits.
@@ -74,33 +67,6 @@ impl Drop for Listener {
     fn drop(&mut self) {
         // At worst a dead socket is left over, and the next VM replaces it.
         let _ = fs::remove_file(&self.path);
-    }
-}
-
-/// Removes a socket that nobody listens at.
-fn remove_stale(path: &Path) -> anyhow::Result<()> {
-    let name = path.display();
-    match fs::symlink_metadata(path) {
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(error).with_context(|| format!("Cannot examine {name}: choose another path")),
-        Ok(metadata) if !metadata.file_type().is_socket() => {
-            bail!("{name} exists and is no socket: remove it, or choose another path for the serial console")
-        }
-        Ok(_) => {}
-    }
-    if is_dead(path).with_context(|| format!("Cannot connect to {name} to see whether it is in use"))? {
-        return fs::remove_file(path).with_context(|| format!("Cannot remove the dead socket {name}: remove it"));
-    }
-    bail!("{name} is in use by a running process: choose another path for the serial console")
-}
-
-fn is_dead(path: &Path) -> io::Result<bool> {
-    match sys::connect(path) {
-        Err(error) if error.kind() == ErrorKind::ConnectionRefused => Ok(true),
-        // A full backlog is somebody's.
-        Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(false),
-        Ok(_) => Ok(false),
-        Err(error) => Err(error),
     }
 }
 

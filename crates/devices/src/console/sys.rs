@@ -2,10 +2,8 @@
 #![allow(unsafe_code, reason = "system calls by libc; each is one call with its arguments checked by the types here")]
 
 use std::io;
-use std::mem::{size_of, zeroed};
+use std::mem::zeroed;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt as _;
-use std::path::Path;
 use std::time::Duration;
 
 /// Waits until `fd` is ready for `events` (libc's POLL flags), or is beyond hope, or `limit` has passed. A signal may
@@ -47,6 +45,14 @@ pub(super) fn set_modes(fd: BorrowedFd<'_>, modes: &libc::termios) -> io::Result
     // SAFETY: `modes` lives across the call.
     check(unsafe { libc::tcsetattr(fd.as_raw_fd(), libc::TCSANOW, modes) })?;
     Ok(())
+}
+
+/// A terminal's columns and rows; a serial line, for example, does not know them.
+pub(super) fn window_size(fd: BorrowedFd<'_>) -> Option<(u16, u16)> {
+    let mut size = libc::winsize { ws_row: 0, ws_col: 0, ws_xpixel: 0, ws_ypixel: 0 };
+    // SAFETY: TIOCGWINSZ writes one winsize.
+    let result = unsafe { libc::ioctl(fd.as_raw_fd(), libc::TIOCGWINSZ, &raw mut size) };
+    (result == 0 && size.ws_col > 0 && size.ws_row > 0).then_some((size.ws_col, size.ws_row))
 }
 
 /// Whether this process may use the terminal: it is in the foreground, or the terminal does not control it at all.
@@ -101,54 +107,6 @@ pub(super) fn unread(fd: BorrowedFd<'_>) -> usize {
     // SAFETY: FIONREAD writes one int.
     unsafe { libc::ioctl(fd.as_raw_fd(), libc::FIONREAD, &raw mut count) };
     usize::try_from(count).unwrap_or(0)
-}
-
-/// A Unix stream socket that listens at `path`, which only this user can connect to from the moment it is there.
-pub(super) fn listen(path: &Path) -> io::Result<OwnedFd> {
-    let socket = stream_socket()?;
-    // SAFETY: no memory is passed. Linux gives the mode of the unbound socket to the file that bind makes.
-    check(unsafe { libc::fchmod(socket.as_raw_fd(), 0o600) })?;
-    let address = address(path)?;
-    // SAFETY: the address lives across the call, and the length is its own.
-    check(unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), ADDRESS_LENGTH) })?;
-    // SAFETY: no memory is passed.
-    check(unsafe { libc::listen(socket.as_raw_fd(), 4) })?;
-    Ok(socket)
-}
-
-/// Connects to the Unix stream socket at `path`; `WouldBlock` where too many others wait to be let in.
-pub(super) fn connect(path: &Path) -> io::Result<OwnedFd> {
-    let socket = stream_socket()?;
-    let address = address(path)?;
-    // SAFETY: the address lives across the call, and the length is its own.
-    check(unsafe { libc::connect(socket.as_raw_fd(), (&raw const address).cast(), ADDRESS_LENGTH) })?;
-    Ok(socket)
-}
-
-#[allow(clippy::cast_possible_truncation, reason = "110 bytes, and constants cannot be converted otherwise")]
-const ADDRESS_LENGTH: libc::socklen_t = size_of::<libc::sockaddr_un>() as libc::socklen_t;
-#[allow(clippy::cast_possible_truncation, reason = "the family is 1, and constants cannot be converted otherwise")]
-const FAMILY: libc::sa_family_t = libc::AF_UNIX as libc::sa_family_t;
-
-fn address(path: &Path) -> io::Result<libc::sockaddr_un> {
-    let mut address = libc::sockaddr_un { sun_family: FAMILY, sun_path: [0; 108] };
-    let path = path.as_os_str().as_bytes();
-    // One byte stays for the zero at the end. An empty path would mean an address without a file.
-    if path.is_empty() || path.len() >= address.sun_path.len() || path.contains(&0) {
-        return Err(io::Error::from_raw_os_error(libc::ENAMETOOLONG));
-    }
-    for (to, from) in address.sun_path.iter_mut().zip(path) {
-        *to = from.cast_signed();
-    }
-    Ok(address)
-}
-
-fn stream_socket() -> io::Result<OwnedFd> {
-    let kind = libc::SOCK_STREAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
-    // SAFETY: no memory is passed.
-    let socket = check(unsafe { libc::socket(libc::AF_UNIX, kind, 0) })?;
-    // SAFETY: the descriptor was just opened and nobody else has it.
-    Ok(unsafe { OwnedFd::from_raw_fd(socket) })
 }
 
 /// Whether epoll takes `fd`: regular files and /dev/null, for example, it refuses, as they are always ready.

@@ -39,6 +39,11 @@ impl Terminal {
         Ok(Self { file, lockable: input.is_own(), before: None, warned: false })
     }
 
+    /// Columns and rows, if it says so.
+    pub(super) fn size(&self) -> Option<(u16, u16)> {
+        sys::window_size(self.file.as_fd())
+    }
+
     /// Whether keys go to the guest.
     pub(super) fn is_raw(&self) -> bool {
         self.before.is_some()

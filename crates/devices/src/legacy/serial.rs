@@ -17,6 +17,9 @@ use bus::{BusDevice, Irq};
 use vm_superio::Trigger;
 use vmm_sys_util::timerfd::TimerFd;
 
+use crate::console::GuestSide;
+use crate::console::output::{INPUT, OUTPUT, Output};
+
 /// The first of the port's addresses in I/O space: COM1 of every PC.
 pub const BASE: u16 = 0x3f8;
 /// How many addresses the port takes.
@@ -41,10 +44,6 @@ const REQUEST_TO_SEND: u8 = 2;
 
 /// Size of vm-superio's receive FIFO, in bytes.
 const FIFO: usize = 64;
-/// So many bytes of output wait for a reader; after that the oldest give way.
-const OUTPUT: usize = 64 << 10;
-/// So many bytes of input wait for the guest; after that the console stops reading.
-const INPUT: usize = 64 << 10;
 /// A guest writes byte by byte. The console hears of a first one so much later, and finds most of a line.
 const GATHER: Duration = Duration::from_millis(1);
 /// The shortest time: zero would stop the timer.
@@ -95,7 +94,7 @@ impl Aml for Serial {
 
 /// The port itself: the registers and the queues, shared by the vCPU threads, through [`Serial`], and the main thread,
 /// through the console. Nobody holds the lock across a system call that could block.
-pub(crate) struct Port(Mutex<State>);
+pub struct Port(Mutex<State>);
 
 struct State {
     uart: vm_superio::Serial<Line, vm_superio::serial::NoEvents, Output>,
@@ -110,18 +109,6 @@ struct State {
 }
 
 impl Port {
-    pub(crate) fn new() -> io::Result<Arc<Self>> {
-        let output = Output { bytes: VecDeque::with_capacity(OUTPUT), dropped: 0, discard: false };
-        let state = State {
-            uart: vm_superio::Serial::new(Line(None), output),
-            input: VecDeque::new(),
-            polls: 0,
-            full: false,
-            wake: TimerFd::new()?,
-        };
-        Ok(Arc::new(Self(Mutex::new(state))))
-    }
-
     /// Gives a fresh UART to a machine. Output that waits stays, and so does input that the last machine did not read.
     pub(crate) fn attach(self: &Arc<Self>, irq: Irq) -> Serial {
         let mut state = self.lock();
@@ -136,60 +123,6 @@ impl Port {
         Serial(Arc::clone(self))
     }
 
-    /// A descriptor that becomes readable when the console has something to do. It need not be read: watch for edges.
-    pub(crate) fn woken(&self) -> RawFd {
-        self.lock().wake.as_raw_fd()
-    }
-
-    /// Has the console look at this port once more.
-    pub(crate) fn wake(&self) {
-        self.lock().wake_in(NOW);
-    }
-
-    /// Moves all output into `empty`, which becomes the queue, and returns how many bytes were lost since the last time.
-    pub(crate) fn take_output(&self, empty: &mut VecDeque<u8>) -> u64 {
-        debug_assert!(empty.is_empty());
-        empty.reserve(OUTPUT);
-        let mut state = self.lock();
-        let output = state.uart.writer_mut();
-        std::mem::swap(&mut output.bytes, empty);
-        std::mem::take(&mut output.dropped)
-    }
-
-    /// Whether output waits.
-    pub(crate) fn has_output(&self) -> bool {
-        !self.lock().uart.writer().bytes.is_empty()
-    }
-
-    /// Adds a message of ours to the output.
-    pub(crate) fn print(&self, text: &str) {
-        self.lock().uart.writer_mut().push(text.as_bytes());
-        self.wake();
-    }
-
-    /// From now on output goes nowhere, and wakes nobody.
-    pub(crate) fn discard_output(&self) {
-        let mut state = self.lock();
-        let output = state.uart.writer_mut();
-        output.discard = true;
-        output.bytes = VecDeque::new();
-    }
-
-    /// How many bytes of input there is room for. After a 0 the console is woken once there is room.
-    pub(crate) fn input_room(&self) -> usize {
-        let mut state = self.lock();
-        let room = INPUT.saturating_sub(state.input.len());
-        state.full = room == 0;
-        room
-    }
-
-    /// Adds input, at most what [`Self::input_room`] said and a byte for a key that was held back.
-    pub(crate) fn push_input(&self, bytes: &[u8]) {
-        let mut state = self.lock();
-        state.input.extend(bytes);
-        state.refill();
-    }
-
     fn read(&self, register: u8) -> u8 {
         let mut state = self.lock();
         let value = state.read(register);
@@ -199,11 +132,11 @@ impl Port {
 
     fn write(&self, register: u8, value: u8) {
         let mut state = self.lock();
-        let idle = state.uart.writer().bytes.is_empty();
+        let idle = state.uart.writer().is_empty();
         // Neither our output nor our interrupt can fail.
         let _ = state.uart.write(register, value);
         state.polls = 0;
-        if idle && !state.uart.writer().bytes.is_empty() {
+        if idle && !state.uart.writer().is_empty() {
             state.wake_in(GATHER);
         }
         state.refill();
@@ -211,6 +144,58 @@ impl Port {
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl GuestSide for Port {
+    fn new() -> io::Result<Arc<Self>> {
+        let state = State {
+            uart: vm_superio::Serial::new(Line(None), Output::with_room()),
+            input: VecDeque::new(),
+            polls: 0,
+            full: false,
+            wake: TimerFd::new()?,
+        };
+        Ok(Arc::new(Self(Mutex::new(state))))
+    }
+
+    fn woken(&self) -> RawFd {
+        self.lock().wake.as_raw_fd()
+    }
+
+    fn wake(&self) {
+        self.lock().wake_in(NOW);
+    }
+
+    fn take_output(&self, empty: &mut VecDeque<u8>) -> u64 {
+        empty.reserve(OUTPUT);
+        self.lock().uart.writer_mut().take(empty)
+    }
+
+    fn has_output(&self) -> bool {
+        !self.lock().uart.writer().is_empty()
+    }
+
+    fn print(&self, text: &str) {
+        self.lock().uart.writer_mut().push(text.as_bytes());
+        self.wake();
+    }
+
+    fn discard_output(&self) {
+        self.lock().uart.writer_mut().discard();
+    }
+
+    fn input_room(&self) -> usize {
+        let mut state = self.lock();
+        let room = INPUT.saturating_sub(state.input.len());
+        state.full = room == 0;
+        room
+    }
+
+    fn push_input(&self, bytes: &[u8]) {
+        let mut state = self.lock();
+        state.input.extend(bytes);
+        state.refill();
     }
 }
 
@@ -259,40 +244,6 @@ impl State {
     /// Whether the interrupt for received data is on. The registers read here change by no read.
     fn receives(&mut self) -> bool {
         self.uart.read(LINE_CONTROL) & DIVISOR_LATCH == 0 && self.uart.read(INTERRUPT_ENABLE) & ENABLE_RECEIVED != 0
-    }
-}
-
-/// Output that waits for the console. The oldest bytes give way: what a guest said last tells most.
-#[derive(Default)]
-struct Output {
-    bytes: VecDeque<u8>,
-    dropped: u64,
-    discard: bool,
-}
-
-impl Output {
-    fn push(&mut self, bytes: &[u8]) {
-        if self.discard {
-            return;
-        }
-        for byte in bytes {
-            if self.bytes.len() == OUTPUT {
-                self.bytes.pop_front();
-                self.dropped = self.dropped.saturating_add(1);
-            }
-            self.bytes.push_back(*byte);
-        }
-    }
-}
-
-impl io::Write for Output {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.push(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
     }
 }
 

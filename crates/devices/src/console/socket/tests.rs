@@ -158,7 +158,7 @@ fn a_dead_socket_is_replaced_and_a_live_one_refused() {
     let live = Listener::open(&spec).unwrap();
     assert!(refusal(&spec).contains("in use"));
     // Nobody accepts: the queue of those who wait fills up, which is a sign of life too.
-    let waiting: Vec<_> = (0..64).map_while(|_| sys::connect(&spec.path).ok()).collect();
+    let waiting: Vec<_> = (0..64).map_while(|_| unix::connect(&spec.path).ok()).collect();
     assert!(waiting.len() < 64);
     assert!(refusal(&spec).contains("in use"));
     drop(live);

@@ -311,3 +311,27 @@ fn two_vms_at_one_terminal_get_the_keys_one_after_the_other() {
     assert!(tty.is_raw());
     assert!(!String::from_utf8_lossy(&second.seen).contains("one"));
 }
+
+#[test]
+fn a_terminal_that_is_resized_says_so_to_a_guest_with_a_virtio_console() {
+    use virtio::VirtioDevice as _;
+    let (master, _) = sys::open_pty().unwrap();
+    let terminal = sys::open_peer(master.as_fd()).unwrap();
+    let set_size = |columns, rows| {
+        let size = libc::winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
+        // SAFETY: TIOCSWINSZ reads one winsize.
+        assert_eq!(unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCSWINSZ, &raw const size) }, 0);
+    };
+    let console: Console<crate::hvc::Port> =
+        Console::stdio(terminal.as_fd(), terminal.as_fd(), Box::new(|| ())).unwrap();
+    console.resize();
+    let device = console.attach_hvc();
+    assert_eq!((device.features(), device.config()), (0, vec![0; 4]), "a new terminal has no size");
+    set_size(100, 40);
+    console.resize();
+    let device = console.attach_hvc();
+    assert_eq!((device.features(), device.config()), (1, vec![100, 0, 40, 0]));
+    set_size(90, 30);
+    console.resize();
+    assert_eq!(device.config(), [90, 0, 30, 0]);
+}

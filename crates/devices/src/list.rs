@@ -1,0 +1,146 @@
+//! The only list of devices: what can be asked for, under which name, and how it is made.
+//!
+//! Flags, file and API share it. A new device is a folder of its own, a field here and a line in [`Devices::attach`].
+
+use kv::help;
+use serde::{Deserialize, Serialize};
+use virtio::VirtioDevice;
+
+use crate::balloon::{Balloon, BalloonSpec};
+use crate::block::{Block, BlockSpec};
+use crate::net::{Net, NetSpec};
+use crate::rng::{Rng, RngSpec};
+use crate::vsock::{Vsock, VsockSpec};
+
+/// The devices of one machine, as asked for. Each list can be as long as the machine has places.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::Args)]
+#[serde(rename_all = "kebab-case", default)]
+pub struct Devices {
+    /// A disk (can be said again for another)
+    #[arg(long, value_name = "PATH[,…]", value_parser = kv::from_str::<BlockSpec>, help_heading = "Devices")]
+    #[serde(deserialize_with = "kv::texts_or_tables", skip_serializing_if = "Vec::is_empty")]
+    pub disk: Vec<BlockSpec>,
+
+    /// A network interface (can be said again for another)
+    #[arg(long, value_name = "KIND[,…]", value_parser = kv::from_str::<NetSpec>, help_heading = "Devices")]
+    #[serde(deserialize_with = "kv::texts_or_tables", skip_serializing_if = "Vec::is_empty")]
+    pub net: Vec<NetSpec>,
+
+    /// A source of random numbers
+    #[arg(
+        long,
+        value_name = "KEYS",
+        value_parser = kv::from_str::<RngSpec>,
+        help_heading = "Devices",
+        num_args = 0..=1,
+        default_missing_value = ""
+    )]
+    #[serde(deserialize_with = "kv::texts_or_tables", skip_serializing_if = "Vec::is_empty")]
+    pub rng: Vec<RngSpec>,
+
+    /// Sockets between host and guest (`AF_VSOCK`), through Unix sockets of the host's
+    #[arg(long, value_name = "PATH[,…]", value_parser = kv::from_str::<VsockSpec>, help_heading = "Devices")]
+    #[serde(deserialize_with = "kv::texts_or_tables", skip_serializing_if = "Vec::is_empty")]
+    pub vsock: Vec<VsockSpec>,
+
+    /// Memory that the guest gives back
+    #[arg(
+        long,
+        value_name = "SIZE[,…]",
+        value_parser = kv::from_str::<BalloonSpec>,
+        help_heading = "Devices",
+        num_args = 0..=1,
+        default_missing_value = ""
+    )]
+    #[serde(deserialize_with = "kv::texts_or_tables", skip_serializing_if = "Vec::is_empty")]
+    pub balloon: Vec<BalloonSpec>,
+}
+
+/// A machine that devices are attached to.
+pub trait Attach {
+    /// Attaches a device; `name` is what the log calls it.
+    ///
+    /// # Errors
+    ///
+    /// The machine has no place for it.
+    fn attach<D: VirtioDevice>(&mut self, name: String, device: D) -> anyhow::Result<()>;
+}
+
+impl Devices {
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+
+    /// These devices laid over `other`: one with the same id replaces the other, the rest come after.
+    #[must_use]
+    pub fn over(self, other: Self) -> Self {
+        Self {
+            disk: merge(self.disk, other.disk, |spec| spec.id.as_deref()),
+            net: merge(self.net, other.net, |spec| spec.id.as_deref()),
+            rng: merge(self.rng, other.rng, |spec| spec.id.as_deref()),
+            vsock: merge(self.vsock, other.vsock, |spec| spec.id.as_deref()),
+            balloon: merge(self.balloon, other.balloon, |spec| spec.id.as_deref()),
+        }
+    }
+
+    /// Makes the devices and attaches them, in the order of this list. `vm` is the machine's name.
+    ///
+    /// # Errors
+    ///
+    /// What was asked for cannot be had; the machine has no place for it.
+    pub fn attach(&self, vm: Option<&str>, to: &mut impl Attach) -> anyhow::Result<()> {
+        for spec in &self.disk {
+            let device = Block::open(spec)?;
+            to.attach(format!("disk {}", device.id()), device)?;
+        }
+        for spec in &self.net {
+            let device = Net::open(spec, vm)?;
+            to.attach(format!("net {}", device.id()), device)?;
+        }
+        for spec in &self.rng {
+            to.attach(spec.id().to_owned(), Rng::new(spec)?)?;
+        }
+        for spec in &self.vsock {
+            to.attach(spec.id().to_owned(), Vsock::new(spec)?)?;
+        }
+        for spec in &self.balloon {
+            to.attach(spec.id().to_owned(), Balloon::new(spec)?)?;
+        }
+        Ok(())
+    }
+
+    /// The keys of each flag, for its help.
+    pub fn keys() -> [(&'static str, String); 5] {
+        [
+            ("disk", help::keys::<BlockSpec>()),
+            ("net", help::keys::<NetSpec>()),
+            ("rng", help::keys::<RngSpec>()),
+            ("vsock", help::keys::<VsockSpec>()),
+            ("balloon", help::keys::<BalloonSpec>()),
+        ]
+    }
+}
+
+/// `ours` over `theirs`, of which those go that have the id of one of ours.
+fn merge<T>(ours: Vec<T>, mut theirs: Vec<T>, id: impl Fn(&T) -> Option<&str>) -> Vec<T> {
+    theirs.retain(|their| id(their).is_none_or(|their| ours.iter().all(|our| id(our) != Some(their))));
+    theirs.extend(ours);
+    theirs
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_replaces_the_one_with_its_id_and_another_comes_after() {
+        let disks = |texts: &[&str]| {
+            let disk = texts.iter().map(|text| kv::from_str(text).unwrap()).collect();
+            Devices { disk, ..Devices::default() }
+        };
+        let file = disks(&["a.img,id=root", "b.img"]);
+        let flags = disks(&["c.img,id=root", "d.img"]);
+        assert_eq!(flags.over(file), disks(&["b.img", "c.img,id=root", "d.img"]));
+    }
+}
