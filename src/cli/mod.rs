@@ -13,6 +13,7 @@ use boot::KernelSpec;
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use clap_complete::Shell;
+use devices::Devices;
 use devices::console::SerialSpec;
 use log::LevelFilter;
 use machine::{CpusSpec, VmConfig};
@@ -117,7 +118,9 @@ fn command_with_help() -> clap::Command {
         ("mem", kv::help::keys::<MemorySpec>()),
         ("cpus", kv::help::keys::<CpusSpec>()),
         ("serial", kv::help::variants::<SerialSpec>()),
-    ];
+    ]
+    .into_iter()
+    .chain(Devices::keys());
     keys.into_iter()
         .fold(Cli::command(), |command, (flag, keys)| {
             command.mut_arg(flag, |arg| {

@@ -14,10 +14,9 @@ use serde::{Deserialize, Serialize};
 /// - `reboot=panic_warm panic=-1`: a panic ends the machine at once and, told apart from a restart
 ///   that was asked for, by the reset word (see [`layout::RESET_WORD`]).
 /// - `tsc=reliable`: the processor's clock is KVM's business; nothing has to watch over it.
-/// - `pci=off`: there is no PCI bus to look for.
 /// - `cryptomgr.notests`: no known-answer tests of every cipher at each start, which are more than half of a stock
 ///   kernel's boot. They guard against broken accelerators, of which a guest has none; `fips=1` brings them back.
-const DEFAULTS: &str = "reboot=panic_warm panic=-1 tsc=reliable pci=off cryptomgr.notests";
+const DEFAULTS: &str = "reboot=panic_warm panic=-1 tsc=reliable cryptomgr.notests";
 
 /// What the user wants on the kernel's command line: `TEXT` is appended to the defaults, `=TEXT` replaces them.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

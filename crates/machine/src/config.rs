@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use boot::{Cmdline, KernelSpec};
+use devices::Devices;
 use devices::console::SerialSpec;
 use memory::MemorySpec;
 use serde::{Deserialize, Serialize};
@@ -44,6 +45,15 @@ pub struct VmConfig {
     #[serde(deserialize_with = "kv::text_or_table")]
     pub serial: Option<SerialSpec>,
 
+    /// The devices
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub devices: Devices,
+
+    /// How the guest finds its devices: pci (unless said) or mmio
+    #[arg(long, value_name = "KIND", value_parser = kv::from_str::<Transport>, help_heading = "Devices")]
+    pub transport: Option<Transport>,
+
     /// A name for messages and the process list
     #[arg(long)]
     pub name: Option<String>,
@@ -76,6 +86,8 @@ impl VmConfig {
             initrd: self.initrd.or(other.initrd),
             cmdline: self.cmdline.or(other.cmdline),
             serial: self.serial.or(other.serial),
+            devices: self.devices.over(other.devices),
+            transport: self.transport.or(other.transport),
             name: self.name.or(other.name),
             on_reboot: self.on_reboot.or(other.on_reboot),
             on_panic: self.on_panic.or(other.on_panic),
@@ -83,6 +95,17 @@ impl VmConfig {
             boot_timer: self.boot_timer || other.boot_timer,
         }
     }
+}
+
+/// How the guest finds its devices.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Transport {
+    /// As functions on a PCI bus, with an interrupt of its own for each queue.
+    #[default]
+    Pci,
+    /// As registers in memory, which ACPI names.
+    Mmio,
 }
 
 /// What happens when the guest ends in a way that a machine can go on from.

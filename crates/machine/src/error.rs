@@ -37,4 +37,17 @@ pub enum ConfigError {
         "--cpus pin= names processor {0}, on which this process may not run: see Cpus_allowed_list in /proc/self/status"
     )]
     Pin(usize),
+    /// A device that cannot be had as it was asked for.
+    #[error("{0}")]
+    Device(String),
+    /// More devices, or larger ones, than the machine has places for.
+    #[error("{0}")]
+    NoPlace(String),
+}
+
+impl ConfigError {
+    /// What kept a device from being made: an error of ours as it is, any other as the user's.
+    pub(crate) fn of_device(error: anyhow::Error) -> Self {
+        error.downcast().unwrap_or_else(|error| Self::Device(format!("{error:#}")))
+    }
 }

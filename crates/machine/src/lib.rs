@@ -10,10 +10,11 @@ mod cpus;
 mod error;
 mod machine;
 mod outcome;
+mod slots;
 mod timer;
 mod vcpu;
 
-pub use config::{OnEnd, VmConfig};
+pub use config::{OnEnd, Transport, VmConfig};
 pub use counts::ExitCounts;
 pub use cpus::{CpusSpec, HostCpus};
 pub use error::ConfigError;

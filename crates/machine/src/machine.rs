@@ -26,6 +26,7 @@ use crate::counts::{ExitCounts, Sum};
 use crate::cpus::CpusSpec;
 use crate::error::ConfigError;
 use crate::outcome::{Outcome, UNTOUCHED};
+use crate::slots::Slots;
 use crate::timer::BootTimer;
 use crate::vcpu::{End, STACK, Shared, VcpuThread};
 
@@ -91,18 +92,27 @@ impl Paused {
             console: around.console,
             line: &|gsi| lines.add(gsi),
         })?;
-        let cmdline = config.cmdline.clone().unwrap_or_default().line(platform.kernel_parameters);
+        let bars64 = layout::pci_bars64(mem.size.bytes(), host.address_bits()?);
+        let mut slots = Slots::new(config.transport.unwrap_or_default(), &ram, &lines, &bars64);
+        config.devices.attach(config.name.as_deref(), &mut slots).map_err(ConfigError::of_device)?;
+        let mut dsdt = std::mem::take(&mut platform.aml);
+        dsdt.extend(slots.aml(&bars64));
+        let mut parameters = platform.kernel_parameters.to_owned();
+        if !slots.has_pci() {
+            parameters.push_str(NO_PCI);
+        }
+        let cmdline = config.cmdline.clone().unwrap_or_default().line(&parameters);
         let sources = Sources {
             kernel,
             initrd: config.initrd.as_deref(),
             cmdline: &cmdline,
             acpi: &AcpiSpec {
                 vcpus: count.get(),
-                dsdt: std::mem::take(&mut platform.aml),
+                dsdt,
+                pci: slots.has_pci(),
                 sleep_control: SLEEP_CONTROL,
                 sleep_status: SLEEP_STATUS,
                 reset: RESET,
-                pci: false,
             },
             cache: around.cache,
         };
@@ -115,6 +125,8 @@ impl Paused {
             anyhow::Ok((vm.join().expect("making a machine does not panic")?, start))
         })?;
         around.timer.mark("kvm+kernel");
+        let mut mmio = Bus::default();
+        slots.finish().connect(&vm, &mut mmio)?;
         lines.connect_to(&vm)?;
         let vcpus = build_vcpus(&cpus, count, host, &vm)?;
         enter(&vcpus[0], start, &ram)?;
@@ -125,7 +137,7 @@ impl Paused {
         ram.write_obj(UNTOUCHED, GuestAddress(layout::RESET_WORD)).context("Guest memory has no first page")?;
         let shared = Shared {
             ports,
-            mmio: Bus::default(),
+            mmio,
             ends,
             counts,
             stop: AtomicBool::new(false),
@@ -214,12 +226,15 @@ impl Drop for Processors {
     }
 }
 
+/// What a kernel is told where there is no PCI bus, which it would look for.
+const NO_PCI: &str = " pci=off";
+
 /// The interrupt lines that devices ask for before there is a machine to connect them to.
 #[derive(Default)]
-struct Lines(RefCell<Vec<(u32, EventFd)>>);
+pub(crate) struct Lines(RefCell<Vec<(u32, EventFd)>>);
 
 impl Lines {
-    fn add(&self, gsi: u32) -> anyhow::Result<EventFd> {
+    pub(crate) fn add(&self, gsi: u32) -> anyhow::Result<EventFd> {
         let line = EventFd::new(EFD_NONBLOCK).context("Cannot make an eventfd")?;
         self.0.borrow_mut().push((gsi, line.try_clone().context("Cannot duplicate an eventfd")?));
         Ok(line)

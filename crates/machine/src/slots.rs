@@ -1,0 +1,185 @@
+//! The places for a machine's devices: on the PCI bus, or behind memory-mapped registers.
+//!
+//! Devices are attached before there is a machine in KVM, because the tables that the kernel reads speak of them;
+//! [`Slots::connect`] then takes their interrupts and doorbells to it. Each device has an I/O thread of its own.
+
+use std::io;
+use std::sync::{Arc, Mutex};
+
+use acpi_tables::Aml;
+use acpi_tables::aml::{Device, Interrupt, Memory32Fixed, Name, ONE, ResourceTemplate};
+use anyhow::Context;
+use bus::pci::{self, Message, MsiRouter, Segment, Window};
+use bus::{Bus, Irq};
+use devices::Attach;
+use kvm::{Doorbell, MsiRoutes, Place, Value, Vm};
+use memory::{Ram, layout};
+use virtio::transport::{Mmio, Pci, Wiring, mmio};
+use virtio::{IoThread, VirtioDevice};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::config::Transport;
+use crate::error::ConfigError;
+use crate::machine::Lines;
+
+/// A machine's places for devices, some of them taken.
+pub(crate) struct Slots<'a> {
+    transport: Transport,
+    memory: Arc<Ram>,
+    lines: &'a Lines,
+    segment: Segment,
+    routes: Arc<MsiRoutes>,
+    windows: Vec<Window>,
+    doorbells: Vec<(Doorbell, EventFd)>,
+    threads: u32,
+    /// How many devices are behind memory-mapped registers.
+    mapped: u32,
+    functions: u32,
+    aml: Vec<u8>,
+}
+
+/// What is left of the places once the tables are written: what connects the devices to the machine.
+pub(crate) struct Attached {
+    segment: Option<Segment>,
+    routes: Arc<MsiRoutes>,
+    windows: Vec<Window>,
+    doorbells: Vec<(Doorbell, EventFd)>,
+}
+
+impl<'a> Slots<'a> {
+    /// No place is taken yet. `bars64` is where large regions of PCI functions may lie.
+    pub(crate) fn new(transport: Transport, ram: &Ram, lines: &'a Lines, bars64: &std::ops::Range<u64>) -> Self {
+        Self {
+            transport,
+            memory: Arc::new(ram.clone()),
+            lines,
+            segment: Segment::new(bars64.clone()),
+            routes: Arc::default(),
+            windows: Vec::new(),
+            doorbells: Vec::new(),
+            threads: 0,
+            mapped: 0,
+            functions: 0,
+            aml: Vec::new(),
+        }
+    }
+
+    /// Whether there is a PCI bus: only where something is on it, because looking for it costs a kernel time.
+    pub(crate) fn has_pci(&self) -> bool {
+        self.functions > 0
+    }
+
+    /// What the devices say of themselves in the DSDT.
+    pub(crate) fn aml(&mut self, bars64: &std::ops::Range<u64>) -> Vec<u8> {
+        let mut aml = std::mem::take(&mut self.aml);
+        if self.has_pci() {
+            pci::aml(bars64, &mut aml);
+        }
+        aml
+    }
+
+    /// No more devices come.
+    pub(crate) fn finish(self) -> Attached {
+        let segment = self.has_pci().then_some(self.segment);
+        Attached { segment, routes: self.routes, windows: self.windows, doorbells: self.doorbells }
+    }
+
+    fn attach_pci<D: VirtioDevice>(&mut self, device: D, wiring: Wiring) -> anyhow::Result<()> {
+        let function = Pci::new(device, wiring, Arc::new(Router(self.routes.clone())))?;
+        let function = Arc::new(Mutex::new(function));
+        let windows = self.segment.add(function.clone()).map_err(|error| ConfigError::NoPlace(error.to_string()))?;
+        self.windows.extend(windows);
+        let function = function.lock().expect("nobody else knows it yet");
+        for (address, kick) in function.kicks() {
+            let doorbell = Doorbell { at: Place::Memory(address), value: Value::Any };
+            self.doorbells.push((doorbell, kick.try_clone().context("Cannot duplicate an eventfd")?));
+        }
+        self.functions += 1;
+        Ok(())
+    }
+
+    fn attach_mmio<D: VirtioDevice>(&mut self, device: D, wiring: Wiring) -> anyhow::Result<()> {
+        let number = self.mapped;
+        let gsi = layout::VIRTIO_GSIS.start + number;
+        if gsi >= layout::VIRTIO_GSIS.end {
+            let places = layout::VIRTIO_GSIS.len();
+            let why = format!("a machine has {places} places for devices with transport=mmio: use transport=pci");
+            return Err(ConfigError::NoPlace(why).into());
+        }
+        let base = layout::VIRTIO_MMIO + u64::from(number) * mmio::WINDOW;
+        let device = Mmio::new(device, wiring, Irq::new(self.lines.add(gsi)?))?;
+        for (index, kick) in device.kicks() {
+            let at = Place::Memory(base + mmio::QUEUE_NOTIFY);
+            let doorbell = Doorbell { at, value: Value::U32(index.into()) };
+            self.doorbells.push((doorbell, kick.try_clone().context("Cannot duplicate an eventfd")?));
+        }
+        self.windows.push(Window { base, length: mmio::WINDOW, device: Arc::new(Mutex::new(device)) });
+        self.mapped_aml(number, base, gsi);
+        self.mapped += 1;
+        Ok(())
+    }
+
+    /// VIRTIO 1.2, section 4.2.1 leaves it open how a device is found; this is the id that Linux's driver knows.
+    fn mapped_aml(&mut self, number: u32, base: u64, gsi: u32) {
+        let low = |address: u64| u32::try_from(address).expect("below 4 GiB");
+        let id = Name::new("_HID".into(), &"LNRO0005");
+        let unique = Name::new("_UID".into(), &number);
+        let coherent = Name::new("_CCA".into(), &ONE);
+        let registers = Memory32Fixed::new(true, low(base), low(mmio::WINDOW));
+        let interrupt = Interrupt::new(true, true, false, false, gsi);
+        let resources = Name::new("_CRS".into(), &ResourceTemplate::new(vec![&registers, &interrupt]));
+        let name = format!("_SB_.VI{number:02}");
+        let children: Vec<&dyn Aml> = vec![&id, &unique, &coherent, &resources];
+        Device::new(name.as_str().into(), children).to_aml_bytes(&mut self.aml);
+    }
+}
+
+impl Attach for Slots<'_> {
+    fn attach<D: VirtioDevice>(&mut self, name: String, device: D) -> anyhow::Result<()> {
+        let io_thread = IoThread::spawn(self.threads).context("Cannot start an I/O thread")?;
+        self.threads += 1;
+        let wiring = Wiring { memory: self.memory.clone(), io_thread, name };
+        match self.transport {
+            Transport::Pci => self.attach_pci(device, wiring),
+            Transport::Mmio => self.attach_mmio(device, wiring),
+        }
+    }
+}
+
+impl Attached {
+    /// Takes interrupts and doorbells to the machine, and puts the devices on its bus of memory addresses.
+    pub(crate) fn connect(self, vm: &Vm, mmio: &mut Bus) -> anyhow::Result<()> {
+        vm.connect_messages(&self.routes);
+        for (doorbell, kick) in &self.doorbells {
+            vm.connect_doorbell(*doorbell, kick)?;
+        }
+        for Window { base, length, device } in self.windows {
+            mmio.insert(base, length, device);
+        }
+        if let Some(segment) = self.segment {
+            mmio.insert(layout::PCI_ECAM, Segment::LENGTH, Arc::new(Mutex::new(segment)));
+        }
+        Ok(())
+    }
+}
+
+/// KVM's routes as PCI functions see them.
+struct Router(Arc<MsiRoutes>);
+
+impl MsiRouter for Router {
+    fn allocate(&self) -> io::Result<u32> {
+        self.0.allocate()
+    }
+
+    fn route(&self, route: u32, message: Message) -> io::Result<()> {
+        self.0.route(route, message.address, message.data)
+    }
+
+    fn connect(&self, route: u32, line: &EventFd) -> io::Result<()> {
+        self.0.connect(route, line)
+    }
+
+    fn disconnect(&self, route: u32, line: &EventFd) -> io::Result<()> {
+        self.0.disconnect(route, line)
+    }
+}
