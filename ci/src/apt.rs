@@ -83,7 +83,7 @@ pub(crate) fn update_lists() -> Result<()> {
 }
 
 /// Names, sizes and times of apt's lists, so that a change of them is seen.
-fn package_lists() -> Result<String> {
+pub(crate) fn package_lists() -> Result<String> {
     let mut lists = Vec::new();
     for file in fs::read_dir("/var/lib/apt/lists").context("Cannot read apt's lists of packages")? {
         let file = file?;

@@ -10,6 +10,7 @@
 //! | `bench` | [`bench`] | the figures that are recorded in `resources/` |
 //! | `lint` | [`lint`] | formatting, clippy, size limits and the invariants |
 //! | `kernel` | [`kernel`] | builds the small guest kernel |
+//! | `image` | [`image`] | makes a Debian image, and the file that boots it |
 //!
 //! Beneath them: [`assets`] (kernels and initramfs files, made on demand), [`apt`] (where kernels come from), [`cache`]
 //! (where all that is kept, outside the clone), [`cpio`] (the initramfs writer), [`build`] (what Cargo builds),
@@ -27,6 +28,7 @@ mod cache;
 mod cpio;
 mod demo;
 mod host;
+mod image;
 mod kernel;
 mod lint;
 mod place;
@@ -54,6 +56,8 @@ enum Xtask {
     Bench(bench::Args),
     /// Build the small guest kernel from Debian's kernel source.
     Kernel(kernel::Args),
+    /// Make a Debian image, and beside it its kernel, its initrd and a debian.toml that boots them.
+    Image(image::Args),
 }
 
 fn main() -> ExitCode {
@@ -72,6 +76,7 @@ fn main() -> ExitCode {
         Xtask::Lint(args) => lint::run(args).map(|()| ExitCode::SUCCESS),
         Xtask::Bench(args) => bench::run(&args).map(|()| ExitCode::SUCCESS),
         Xtask::Kernel(args) => kernel::run(args).map(|()| ExitCode::SUCCESS),
+        Xtask::Image(args) => image::run(&args).map(|()| ExitCode::SUCCESS),
     };
     result.unwrap_or_else(|error| {
         eprintln!("xtask: {error:#}");

@@ -25,6 +25,11 @@ const PACKAGES: &[&str] = &[
     "make",
     "tar",
     "xz-utils",
+    // The Debian images; uidmap is for ordinary users.
+    "debian-archive-keyring",
+    "e2fsprogs",
+    "mmdebstrap",
+    "uidmap",
 ];
 
 /// Installs what is missing.
