@@ -61,8 +61,13 @@ pub(crate) fn boot(config: &VmConfig, start: Instant) -> anyhow::Result<ExitCode
             log::info!("{outcome}: starting a new machine");
             continue;
         }
-        // The kernel takes a whole process apart faster than we would take the machine apart.
-        std::mem::forget(running);
+        // The kernel takes a whole process apart faster than we would take the machine apart. Devices finish first: what a
+        // guest has flushed is safe anyway, what it has not need not be lost.
+        if config.devices.is_empty() {
+            std::mem::forget(running);
+        } else {
+            drop(running);
+        }
         match (end, outcome) {
             (_, Some(outcome)) => {
                 main_loop.finish();

@@ -2,6 +2,8 @@
 //!
 //! Flags, file and API share it. A new device is a folder of its own, a field here and a line in [`Devices::attach`].
 
+use std::path::PathBuf;
+
 use kv::help;
 use serde::{Deserialize, Serialize};
 use virtio::VirtioDevice;
@@ -82,6 +84,14 @@ impl Devices {
             vsock: merge(self.vsock, other.vsock, |spec| spec.id.as_deref()),
             balloon: merge(self.balloon, other.balloon, |spec| spec.id.as_deref()),
         }
+    }
+
+    /// The paths of the files that the devices are to use.
+    pub fn paths(&mut self) -> impl Iterator<Item = &mut PathBuf> {
+        let disks = self.disk.iter_mut().flat_map(|disk| {
+            [Some(&mut disk.path), disk.overlay.as_mut(), disk.backing_folder.as_mut()].into_iter().flatten()
+        });
+        disks.chain(self.vsock.iter_mut().map(|vsock| &mut vsock.path))
     }
 
     /// Makes the devices and attaches them, in the order of this list. `vm` is the machine's name.

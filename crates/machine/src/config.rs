@@ -1,6 +1,6 @@
 //! What one machine is asked to be.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use boot::{Cmdline, KernelSpec};
 use devices::Devices;
@@ -93,6 +93,14 @@ impl VmConfig {
             on_panic: self.on_panic.or(other.on_panic),
             no_kernel_cache: self.no_kernel_cache || other.no_kernel_cache,
             boot_timer: self.boot_timer || other.boot_timer,
+        }
+    }
+
+    /// Has the paths of files count from `folder`, where they are relative.
+    pub fn resolve(&mut self, folder: &Path) {
+        let kernel = self.kernel.iter_mut().map(|kernel| &mut kernel.path);
+        for path in kernel.chain(&mut self.initrd).chain(self.devices.paths()) {
+            *path = folder.join(&*path);
         }
     }
 }
