@@ -1,3 +1,5 @@
+//! The entropy device over the driver's side of virtio.
+
 use super::*;
 use virtio::features::{EVENT_IDX, INDIRECT_DESC};
 use virtio::testing::{self, Driver, MmioRegisters, NEXT, WRITE};

@@ -1,3 +1,5 @@
+//! Routes on the machine's own KVM.
+
 #![allow(unsafe_code, reason = "the state of an interrupt controller is one of a union")]
 
 use std::path::Path;

@@ -1,3 +1,5 @@
+//! Doorbells on the machine's own KVM.
+
 use std::path::Path;
 
 use kvm_bindings::kvm_regs;

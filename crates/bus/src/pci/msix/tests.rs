@@ -1,3 +1,5 @@
+//! Vectors that are masked, unmasked and changed, as a driver does it.
+
 use std::os::fd::AsRawFd as _;
 use std::sync::Mutex;
 

@@ -1,3 +1,5 @@
+//! The PCI transport over the driver's side.
+
 use std::os::fd::AsRawFd as _;
 use std::time::Instant;
 
