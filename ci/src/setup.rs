@@ -14,6 +14,9 @@ const PACKAGES: &[&str] = &[
     "qemu-system-x86",
     // The tests.
     "cpio",
+    "iproute2",
+    "passt",
+    "qemu-utils",
     // The small kernel's build.
     "bc",
     "binutils",

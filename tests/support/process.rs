@@ -217,4 +217,14 @@ impl Ended {
     pub(crate) fn assert(&self, code: i32, line: &str) {
         assert_eq!((self.code, self.stderr.as_str()), (Some(code), format!("vmm: {line}\n").as_str()), "{self:#?}");
     }
+
+    /// Asserts that what was asked for was refused before anything ran, in one line that contains all of `parts`.
+    #[track_caller]
+    pub(crate) fn assert_refused(&self, parts: &[&str]) {
+        assert_eq!((self.code, self.stdout.as_str(), self.stderr.lines().count()), (Some(2), "", 1), "{self:#?}");
+        assert!(self.stderr.starts_with("vmm: ") && self.stderr.ends_with('\n'), "{}", self.stderr);
+        for part in parts {
+            assert!(self.stderr.contains(part), "{part:?} is not in {}", self.stderr);
+        }
+    }
 }

@@ -28,7 +28,7 @@ pub(super) fn check(file: &File) -> anyhow::Result<()> {
     }
     let length = (&mut &*file).seek(SeekFrom::End(0)).context("its size cannot be told")?;
     let mut header = [0; LENGTH];
-    file.read_exact_at(&mut header, 0).context("it ends within its header")?;
+    file.read_exact_at(&mut header, 0).context("it ends within its header: copy it again")?;
     let word = |at: usize| -> u64 { header[at..at + 4].iter().fold(0, |sum, byte| sum << 8 | u64::from(*byte)) };
     let long = |at: usize| word(at) << 32 | word(at + 4);
     let (version, cluster_bits, size) = (word(4), word(20), long(24));
@@ -36,7 +36,7 @@ pub(super) fn check(file: &File) -> anyhow::Result<()> {
         bail!("it is of version {version}, and only 2 and 3 are known: convert it with `qemu-img convert`");
     }
     if !(9..=21).contains(&cluster_bits) {
-        bail!("its header is corrupt: it has clusters of 2^{cluster_bits} bytes");
+        bail!("its header is corrupt, copy it again: it has clusters of 2^{cluster_bits} bytes");
     }
     if word(32) != 0 {
         bail!("it is encrypted, which is not possible here: decrypt it with `qemu-img convert`");
@@ -45,7 +45,7 @@ pub(super) fn check(file: &File) -> anyhow::Result<()> {
     let (l1, entries) = (long(40), word(36));
     let inside = |what: &str, offset: u64, bytes: u64| {
         if bytes > LARGEST_TABLE {
-            bail!("its header is corrupt: its {what} has {bytes} bytes");
+            bail!("its header is corrupt, copy it again: its {what} has {bytes} bytes");
         }
         match offset.checked_add(bytes) {
             Some(end) if end <= length => Ok(()),
@@ -56,7 +56,7 @@ pub(super) fn check(file: &File) -> anyhow::Result<()> {
     inside("refcount table", long(48), word(56) * cluster)?;
     // Each entry of the L1 table stands for a cluster full of entries of 8 bytes, each of which stands for a cluster.
     if size.div_ceil(cluster * (cluster / 8)) > entries {
-        bail!("its header is corrupt: its L1 table is too small for {size} bytes");
+        bail!("its header is corrupt, copy it again: its L1 table is too small for {size} bytes");
     }
     check_entries(file, l1, entries, length, cluster)
 }

@@ -1,0 +1,340 @@
+//! Disks, network cards, random numbers, sockets and the balloon, as guests with the small kernel use them, on PCI and
+//! behind memory-mapped registers.
+//!
+//! A guest costs seconds, so there are few, each asked much. What is refused without a guest is in `bad_devices`.
+
+mod support;
+
+use std::fs;
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, Shutdown, SocketAddrV4, TcpListener, TcpStream};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use rustix::process::Signal;
+use sha2::{Digest, Sha256};
+use support::guest::Guest;
+use support::machine::MIB;
+use support::process::Ended;
+use support::tiny::Code;
+use support::until;
+use tempfile::TempDir;
+
+const KIB: usize = 1 << 10;
+/// The largest number in a pattern of more than 1 MiB.
+const LAST: u32 = 180_000;
+
+/// A folder for images and sockets.
+struct Folder(TempDir);
+
+impl Folder {
+    fn new() -> Self {
+        Self(tempfile::tempdir().expect("there is room for files"))
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn text(&self, name: &str) -> String {
+        self.path(name).into_os_string().into_string().expect("temporary files have names of ASCII letters")
+    }
+
+    /// A file without content, of so many bytes.
+    fn image(&self, name: &str, bytes: u64) -> String {
+        fs::File::create(self.path(name)).and_then(|file| file.set_len(bytes)).expect("there is room for files");
+        self.text(name)
+    }
+}
+
+/// The same bytes here and, by [`pattern_in`], in a guest: the numbers from `first` to [`LAST`], one a line.
+fn pattern(first: u32) -> Vec<u8> {
+    (first..=LAST).flat_map(|number| format!("{number}\n").into_bytes()).collect()
+}
+
+/// Makes a [`pattern`] in the guest's file /tmp/FIRST.
+fn pattern_in(guest: &mut Guest, first: u32) {
+    guest.ask(&format!("seq {first} {LAST} > /tmp/{first}"));
+}
+
+fn sum(bytes: &[u8]) -> String {
+    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn run(program: &str, arguments: &[&str]) {
+    let output = Command::new(program).args(arguments).output().unwrap_or_else(|error| panic!("{program}: {error}"));
+    assert!(output.status.success(), "{program} {arguments:?}: {output:?}");
+}
+
+fn boot(arguments: &[&str]) -> Guest {
+    // A kernel reports no free memory while it has less than 64 MiB of it.
+    Guest::boot("small-bzImage", &[&["--mem", "256M"], arguments].concat(), "")
+}
+
+/// A machine with these devices whose guest ends at once.
+fn try_devices(arguments: &[&str]) -> Ended {
+    Code::default().power_off().halt().kernel(&[]).run(arguments, "")
+}
+
+/// Checks that the guest's drivers have found nothing wrong, and that each has the bus that was asked for.
+fn assert_transport(guest: &mut Guest, transport: &str, devices: u64) {
+    assert_eq!(guest.number("ls /sys/bus/virtio/devices | wc -l"), devices);
+    assert_eq!(guest.number("find /sys/bus/virtio/drivers/ -type l -name 'virtio[0-9]*' | wc -l"), devices);
+    let on_pci = guest.number("ls -l /sys/bus/virtio/devices | grep -c /pci || true");
+    assert_eq!(on_pci, if transport == "pci" { devices } else { 0 });
+    assert_eq!(guest.ask("dmesg | grep -iE 'virtio.*(fail|error|warn)|ACPI.*error|BUG:' || true"), "");
+}
+
+fn raw_disks(transport: &str) {
+    let folder = Folder::new();
+    let (data, fixed) = (folder.image("data.img", 64 * MIB), folder.text("fixed.img"));
+    let unchanged = [pattern(7), vec![0; 512 - pattern(7).len() % 512]].concat();
+    fs::write(&fixed, &unchanged).expect("there is room for files");
+    let last = folder.image("last.img", 8 * MIB);
+    let disks = [format!("{data},serial=the-first"), format!("{fixed},readonly"), format!("{last},cache=unsafe")];
+    let [data_disk, fixed_disk, last_disk] = disks.each_ref().map(String::as_str);
+    let arguments =
+        ["--transport", transport, "--disk", data_disk, "--disk", fixed_disk, "--disk", last_disk, "--log-level=info"];
+    let mut guest = boot(&arguments);
+    assert_transport(&mut guest, transport, 3);
+
+    let sectors = ["vda", "vdb", "vdc"].map(|disk| guest.number(&format!("cat /sys/block/{disk}/size")));
+    assert_eq!(sectors, [64 * MIB, unchanged.len() as u64, 8 * MIB].map(|bytes| bytes / 512));
+    assert_eq!(guest.ask("cat /sys/block/vda/serial"), "the-first");
+    assert_eq!(guest.ask("cat /sys/block/vdb/ro"), "1");
+    assert_eq!(guest.ask("sha256sum < /dev/vdb"), format!("{}  -", sum(&unchanged)));
+    guest.ask("! dd if=/dev/zero of=/dev/vdb bs=4k count=1 conv=fsync 2>/dev/null");
+
+    pattern_in(&mut guest, 1);
+    let (first, length) = (pattern(1), pattern(1).len());
+    guest.ask("dd if=/tmp/1 of=/dev/vda bs=64k seek=16 conv=notrunc 2>/dev/null && sync");
+    guest.ask("echo 3 > /proc/sys/vm/drop_caches");
+    let read = format!("dd if=/dev/vda bs=64k skip=16 2>/dev/null | head -c {length} | sha256sum");
+    assert_eq!(guest.ask(&read), format!("{}  -", sum(&first)));
+    assert_eq!(sum(&read_at(&data, MIB, length)), sum(&first));
+
+    assert_discarded(&mut guest, &last);
+    let others = try_devices(&["--disk", &data]);
+    others.assert_refused(&[&data, "locked", "overlay="]);
+
+    // The second machine is made of the same disks.
+    guest.tell("reboot -f");
+    guest.wait_until_it_listens();
+    assert_eq!(guest.ask(&read), format!("{}  -", sum(&first)));
+    pattern_in(&mut guest, 2);
+    guest.ask("dd if=/tmp/2 of=/dev/vda bs=64k seek=512 conv=notrunc 2>/dev/null && sync");
+    guest.vmm.signal(Signal::KILL);
+    assert_eq!(guest.vmm.wait().code, None);
+    assert_eq!(sum(&read_at(&data, 32 * MIB, pattern(2).len())), sum(&pattern(2)));
+    assert_eq!(fs::read(&fixed).expect("it is there"), unchanged);
+    try_devices(&["--disk", &data]).assert(0, "the guest powered off");
+}
+
+/// Checks that what the guest discards of its third disk takes no room on the host.
+fn assert_discarded(guest: &mut Guest, image: &str) {
+    let blocks = || fs::metadata(image).expect("it is there").blocks();
+    guest.ask("tr '\\0' x < /dev/zero | dd of=/dev/vdc bs=64k count=128 iflag=fullblock conv=fsync 2>/dev/null");
+    assert!(blocks() * 512 >= 8 * MIB, "{} blocks", blocks());
+    guest.ask("blkdiscard -o 1048576 -l 4194304 /dev/vdc");
+    assert!(blocks() * 512 <= 5 * MIB, "{} blocks", blocks());
+    let expected = [vec![b'x'; 512 * KIB], vec![0; 512 * KIB]].concat();
+    assert_eq!(read_at(image, MIB / 2, 1024 * KIB), expected);
+    let answer = guest.ask("dd if=/dev/vdc bs=512k skip=1 count=2 2>/dev/null | sha256sum");
+    assert_eq!(answer, format!("{}  -", sum(&expected)));
+}
+
+fn read_at(path: impl AsRef<Path>, offset: u64, length: usize) -> Vec<u8> {
+    let mut bytes = vec![0; length];
+    let file = fs::File::open(path).expect("it is there");
+    std::os::unix::fs::FileExt::read_exact_at(&file, &mut bytes, offset).expect("it is so long");
+    bytes
+}
+
+#[test]
+fn raw_disks_on_pci_are_their_files_through_a_reboot_and_a_kill() {
+    raw_disks("pci");
+}
+
+#[test]
+fn raw_disks_on_mmio_are_their_files_through_a_reboot_and_a_kill() {
+    raw_disks("mmio");
+}
+
+#[test]
+fn qcow2_images_and_overlays_hold_file_systems() {
+    let folder = Folder::new();
+    let (image, base, overlay) = (folder.text("disk.qcow2"), folder.image("base.img", 16 * MIB), folder.text("over"));
+    run("qemu-img", &["create", "-q", "-f", "qcow2", &image, "32M"]);
+    let disks = [format!("{image},format=qcow2"), format!("{base},overlay={overlay}")];
+    let mut guest = boot(&["--disk", &disks[0], "--disk", &disks[1]]);
+    assert_eq!(guest.number("cat /sys/block/vda/size"), 32 * MIB / 512);
+    assert_eq!(guest.number("cat /sys/block/vdb/size"), 16 * MIB / 512);
+    pattern_in(&mut guest, 1);
+    guest.ask("mkdir /a /b");
+    for (disk, folder) in [("vda", "a"), ("vdb", "b")] {
+        guest.ask(&format!("mke2fs /dev/{disk} >/dev/null && mount -t ext2 /dev/{disk} /{folder}"));
+        guest.ask(&format!("cp /tmp/1 /{folder}/ && umount /{folder} && mount -t ext2 /dev/{disk} /{folder}"));
+        assert_eq!(guest.ask(&format!("sha256sum < /{folder}/1")), format!("{}  -", sum(&pattern(1))));
+    }
+    try_devices(&["--disk", &disks[0]]).assert_refused(&[&image, "locked"]);
+    try_devices(&["--disk", &disks[1]]).assert_refused(&["over", "locked"]);
+    // One more reader of what is under an overlay is welcome.
+    try_devices(&["--disk", &format!("{base},readonly")]).assert(0, "the guest powered off");
+    guest.ask("umount /a && umount /b");
+    guest.end("poweroff -f").assert(0, "the guest powered off");
+
+    assert_eq!(fs::read(&base).unwrap(), vec![0; 16 << 20], "what is under an overlay does not change");
+    for image in [&image, &overlay] {
+        run("qemu-img", &["check", "-q", image]);
+        let raw = folder.text("raw");
+        run("qemu-img", &["convert", "-O", "raw", image, &raw]);
+        let raw = fs::read(raw).unwrap();
+        let start = &pattern(1)[..KIB];
+        assert!(raw.chunks(KIB).any(|block| block == start), "QEMU finds the guest's file in {image}");
+    }
+    try_devices(&["--disk", &disks[0], "--disk", &disks[1]]).assert(0, "the guest powered off");
+}
+
+/// A host's tap device that is the guest's card `eth0`, `eth1`, ….
+struct Link {
+    tap: &'static str,
+    card: &'static str,
+    host: Ipv4Addr,
+    guest: Ipv4Addr,
+}
+
+impl Link {
+    fn new(tap: &'static str, card: &'static str, network: u8) -> Self {
+        let address = |last| Ipv4Addr::new(198, 51, network, last);
+        Self { tap, card, host: address(1), guest: address(2) }
+    }
+
+    fn set_up(&self, guest: &mut Guest) {
+        run("ip", &["address", "add", &format!("{}/24", self.host), "dev", self.tap]);
+        guest.ask(&format!("ip address add {}/24 dev {}", self.guest, self.card));
+        guest.ask(&format!("ip link set {} up", self.card));
+        guest.ask(&format!("ping -c 2 -w 20 {} >/dev/null", self.host));
+    }
+}
+
+/// Takes what the guest sends: the file /tmp/FIRST, to `host` as the guest knows it.
+fn receive_from(guest: &mut Guest, listener: &TcpListener, host: Ipv4Addr, first: u32) {
+    let port = listener.local_addr().expect("it is bound").port();
+    guest.tell(&format!("nc {host} {port} < /tmp/{first}"));
+    let (mut stream, _) = listener.accept().expect("the guest connects");
+    let mut bytes = Vec::new();
+    stream.read_to_end(&mut bytes).expect("the guest sends");
+    assert_eq!(sum(&bytes), sum(&pattern(first)));
+    drop(stream);
+    guest.wait_for("=0=\r\n");
+}
+
+/// Sends a pattern to the guest.
+fn send_to(guest: &mut Guest, address: Ipv4Addr, first: u32) {
+    const PORT: u16 = 1000;
+    guest.tell(&format!("nc -l -p {PORT} < /dev/null | sha256sum"));
+    let mut stream = None;
+    until("the guest listens", || {
+        stream = TcpStream::connect(SocketAddrV4::new(address, PORT)).ok();
+        stream.is_some()
+    });
+    let mut stream = stream.expect("it has just connected");
+    stream.write_all(&pattern(first)).expect("the guest receives");
+    stream.shutdown(Shutdown::Write).expect("the guest receives");
+    guest.wait_for(&sum(&pattern(first)));
+    guest.wait_for("=0=\r\n");
+}
+
+fn every_device(transport: &str) {
+    let folder = Folder::new();
+    let (disk, socket) = (folder.image("disk.img", MIB), folder.text("vsock"));
+    let links = [Link::new("vmm-kernel", "eth0", 101), Link::new("vmm-own", "eth1", 102)];
+    let cards = ["vmm-kernel,mac=02:00:00:00:00:07,mtu=1400,vhost=on", "vmm-own,antispoof,vhost=off"];
+    let rest = ["--net", cards[0], "--net", cards[1], "--vsock", &socket, "--transport", transport];
+    let arguments = ["--disk", &disk, "--rng", "--balloon", "64M,free-page-reporting"];
+    let mut guest = boot(&[&arguments[..], &rest].concat());
+    assert_transport(&mut guest, transport, 6);
+
+    assert_eq!(guest.ask("cat /sys/class/net/eth0/address"), "02:00:00:00:00:07");
+    assert_eq!(guest.number("cat /sys/class/net/eth0/mtu"), 1400);
+    pattern_in(&mut guest, 1);
+    for link in &links {
+        link.set_up(&mut guest);
+        let listener = TcpListener::bind((link.host, 0)).expect("the tap has its address");
+        receive_from(&mut guest, &listener, link.host, 1);
+        send_to(&mut guest, link.guest, 2);
+    }
+    try_devices(&["--net", "vmm-own"]).assert_refused(&["vmm-own", "taken", "name another"]);
+
+    assert_random(&mut guest);
+    assert_sockets(&mut guest, &socket);
+    assert_balloon(&mut guest);
+    guest.end("poweroff -f").assert(0, "the guest powered off");
+    assert!(!Path::new(&socket).exists(), "the socket is removed at the end");
+    assert!(!Path::new("/sys/class/net/vmm-own").exists(), "a tap that was made goes with its machine");
+    try_devices(&["--disk", &disk]).assert(0, "the guest powered off");
+}
+
+fn assert_random(guest: &mut Guest) {
+    assert!(guest.ask("cat /sys/class/misc/hw_random/rng_current").starts_with("virtio_rng"));
+    let mut draw = || guest.ask("head -c 20000 /dev/hwrng | tee /tmp/random | sha256sum");
+    assert_ne!(draw(), draw());
+    assert_eq!(guest.number("wc -c < /tmp/random"), 20_000);
+}
+
+fn assert_sockets(guest: &mut Guest, path: &str) {
+    guest.ask("test -c /dev/vsock");
+    guest.ask("ls /sys/bus/virtio/drivers/vmw_vsock_virtio_transport | grep virtio");
+    let metadata = fs::metadata(path).expect("it listens");
+    assert!(metadata.file_type().is_socket());
+    assert_eq!(metadata.permissions().mode() & 0o777, 0o600);
+    let mut client = UnixStream::connect(path).expect("it listens");
+    writeln!(client, "CONNECT 52").expect("it reads");
+    let mut answer = String::new();
+    client.read_to_string(&mut answer).expect("it answers or closes");
+    assert_eq!(answer, "", "nobody listens at the guest's port");
+}
+
+/// 64 MiB are gone from the guest, and what it frees is soon gone from the host.
+fn assert_balloon(guest: &mut Guest) {
+    until("the guest has filled its balloon", || {
+        guest.number("sed -n 's/MemTotal: *//;s/ kB//p;q' /proc/meminfo") < (256 - 64) << 10
+    });
+    let resident = |guest: &Guest| -> u64 {
+        let status = guest.vmm.proc("status");
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("it has memory");
+        line.trim().trim_end_matches(" kB").parse().expect("a number")
+    };
+    guest.ask("dd if=/dev/zero of=/tmp/much bs=1M count=30 2>/dev/null");
+    let with = resident(guest);
+    guest.ask("rm /tmp/much");
+    until("the guest's memory is back", || resident(guest) + (20 << 10) < with);
+}
+
+#[test]
+fn every_device_serves_one_guest_on_pci() {
+    every_device("pci");
+}
+
+#[test]
+fn every_device_serves_one_guest_on_mmio() {
+    every_device("mmio");
+}
+
+#[test]
+fn a_card_without_rights_has_an_address_by_dhcp_and_reaches_the_host() {
+    let mut guest = boot(&["--net", "user"]);
+    guest.ask(concat!(
+        r"printf '#!/bin/sh\n[ $1 != bound ] || { ip address add $ip/$mask dev $interface;",
+        r"ip route add default via $router; echo $router > /tmp/router; }\n' > /tmp/dhcp"
+    ));
+    guest.ask("chmod +x /tmp/dhcp && ip link set eth0 up && udhcpc -nq -i eth0 -s /tmp/dhcp >/dev/null 2>&1");
+    let router = guest.ask("cat /tmp/router").parse().expect("an address");
+    pattern_in(&mut guest, 1);
+    // The router's address is this host, as the guest sees it.
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    receive_from(&mut guest, &listener, router, 1);
+    guest.end("poweroff -f").assert(0, "the guest powered off");
+}
