@@ -208,7 +208,7 @@ fn in_emulated_host(plan: &Plan) -> Result<BTreeMap<String, Measured>> {
     fs::write(file.path(), serde_json::to_string(plan)?)?;
     let mut command = Command::new(std::env::current_exe()?);
     command.args(["bench", "inside"]).arg(file.path());
-    let host = Host { timeout: 3600, ..Host::default() };
+    let host = Host { timeout: 900, ..Host::default() };
     let output = host.output(&command)?;
     let errors = String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.success(), "The measurement failed: {}", errors.trim());
