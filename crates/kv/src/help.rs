@@ -40,6 +40,9 @@ mod tests {
         /// Where it is
         #[allow(dead_code, reason = "only its help is used")]
         path: String,
+        /// Whether it stays
+        #[allow(dead_code, reason = "only its help is used")]
+        read_only: bool,
     }
 
     #[derive(Subcommand)]
@@ -52,14 +55,17 @@ mod tests {
 
     #[test]
     fn every_key_stands_with_its_doc_comment() {
-        assert_eq!(keys::<File>(), "  path         Where it is\n");
+        assert_eq!(keys::<File>(), "  path           Where it is\n  read-only      Whether it stays\n");
     }
 
     #[test]
     fn every_variant_stands_with_its_keys_below() {
         let help = variants::<Choice>();
-        assert_eq!(help, "  off          Nowhere\n  file         Into a file\n    path         Where it is\n");
+        assert_eq!(
+            help,
+            "  off            Nowhere\n  file           Into a file\n    path           Where it is\n    read-only      Whether it stays\n"
+        );
         // Constructed here so that the variants are not dead code.
-        assert!(matches!([Choice::Off, Choice::File(File { path: String::new() })][0], Choice::Off));
+        assert!(matches!([Choice::Off, Choice::File(File { path: String::new(), read_only: true })][0], Choice::Off));
     }
 }
