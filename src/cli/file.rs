@@ -119,8 +119,9 @@ mod tests {
 
     #[test]
     fn paths_count_from_the_file_s_folder() {
-        let mut config = parse("kernel = 'k'\ninitrd = '/i'\ndisk = 'd'\n").unwrap();
+        let mut config = parse("kernel = 'k'\ninitrd = '/i'\nserial = 'pty,link=tty'\ndisk = 'd'\n").unwrap();
         config.resolve(Path::new("/vm"));
+        assert_eq!(config.serial, parse("serial = 'pty,link=/vm/tty'\n").unwrap().serial);
         let paths = [config.kernel.unwrap().path, config.initrd.unwrap(), config.devices.disk[0].path.clone()];
         assert_eq!(paths.map(|path| path.display().to_string()), ["/vm/k", "/i", "/vm/d"]);
     }

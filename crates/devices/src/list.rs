@@ -1,6 +1,6 @@
 //! The only list of devices: what can be asked for, under which name, and how it is made.
 //!
-//! Flags, file and API share it. A new device is a folder of its own, a field here and a line in [`Devices::attach`].
+//! Flags, file and API share it. A new device is a folder of its own, a field here, and its line in each method.
 
 use std::path::PathBuf;
 

@@ -99,7 +99,8 @@ impl VmConfig {
     /// Has the paths of files count from `folder`, where they are relative.
     pub fn resolve(&mut self, folder: &Path) {
         let kernel = self.kernel.iter_mut().map(|kernel| &mut kernel.path);
-        for path in kernel.chain(&mut self.initrd).chain(self.devices.paths()) {
+        let serial = self.serial.iter_mut().filter_map(SerialSpec::path);
+        for path in kernel.chain(&mut self.initrd).chain(serial).chain(self.devices.paths()) {
             *path = folder.join(&*path);
         }
     }

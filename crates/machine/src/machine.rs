@@ -80,7 +80,8 @@ impl Paused {
         let cpus = config.cpus.clone().unwrap_or_default();
         let mem = config.mem.clone().unwrap_or_default();
         let count = cpus.validate(host)?;
-        mem.validate(host.address_bits()?).map_err(ConfigError::from)?;
+        let address_bits = host.address_bits()?;
+        mem.validate(address_bits).map_err(ConfigError::from)?;
         let ram = mem.map().map_err(ConfigError::from)?;
         around.timer.mark("memory");
         let ends = Arc::new(EndLatch::default());
@@ -92,11 +93,11 @@ impl Paused {
             console: around.console,
             line: &|gsi| lines.add(gsi),
         })?;
-        let bars64 = layout::pci_bars64(mem.size.bytes(), host.address_bits()?);
-        let mut slots = Slots::new(config.transport.unwrap_or_default(), &ram, &lines, &bars64);
+        let bars64 = layout::pci_bars64(mem.size.bytes(), address_bits);
+        let mut slots = Slots::new(config.transport.unwrap_or_default(), &ram, &lines, bars64);
         config.devices.attach(config.name.as_deref(), &mut slots).map_err(ConfigError::of_device)?;
         let mut dsdt = std::mem::take(&mut platform.aml);
-        dsdt.extend(slots.aml(&bars64));
+        dsdt.extend(slots.aml());
         let mut parameters = platform.kernel_parameters.to_owned();
         if !slots.has_pci() {
             parameters.push_str(NO_PCI);
@@ -125,8 +126,7 @@ impl Paused {
             anyhow::Ok((vm.join().expect("making a machine does not panic")?, start))
         })?;
         around.timer.mark("kvm+kernel");
-        let mut mmio = Bus::default();
-        slots.finish().connect(&vm, &mut mmio)?;
+        let mmio = slots.connect(&vm)?;
         lines.connect_to(&vm)?;
         let vcpus = build_vcpus(&cpus, count, host, &vm)?;
         enter(&vcpus[0], start, &ram)?;

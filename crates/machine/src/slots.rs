@@ -4,6 +4,7 @@
 //! [`Slots::connect`] then takes their interrupts and doorbells to it. Each device has an I/O thread of its own.
 
 use std::io;
+use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
 use acpi_tables::Aml;
@@ -28,60 +29,61 @@ pub(crate) struct Slots<'a> {
     memory: Arc<Ram>,
     lines: &'a Lines,
     segment: Segment,
+    /// Where large regions of PCI functions may lie.
+    bars64: Range<u64>,
     routes: Arc<MsiRoutes>,
     windows: Vec<Window>,
     doorbells: Vec<(Doorbell, EventFd)>,
-    threads: u32,
-    /// How many devices are behind memory-mapped registers.
-    mapped: u32,
-    functions: u32,
+    /// How many devices there are, all behind the same transport.
+    attached: u32,
     aml: Vec<u8>,
 }
 
-/// What is left of the places once the tables are written: what connects the devices to the machine.
-pub(crate) struct Attached {
-    segment: Option<Segment>,
-    routes: Arc<MsiRoutes>,
-    windows: Vec<Window>,
-    doorbells: Vec<(Doorbell, EventFd)>,
-}
-
 impl<'a> Slots<'a> {
-    /// No place is taken yet. `bars64` is where large regions of PCI functions may lie.
-    pub(crate) fn new(transport: Transport, ram: &Ram, lines: &'a Lines, bars64: &std::ops::Range<u64>) -> Self {
+    /// No place is taken yet.
+    pub(crate) fn new(transport: Transport, ram: &Ram, lines: &'a Lines, bars64: Range<u64>) -> Self {
         Self {
             transport,
             memory: Arc::new(ram.clone()),
             lines,
             segment: Segment::new(bars64.clone()),
+            bars64,
             routes: Arc::default(),
             windows: Vec::new(),
             doorbells: Vec::new(),
-            threads: 0,
-            mapped: 0,
-            functions: 0,
+            attached: 0,
             aml: Vec::new(),
         }
     }
 
     /// Whether there is a PCI bus: only where something is on it, because looking for it costs a kernel time.
     pub(crate) fn has_pci(&self) -> bool {
-        self.functions > 0
+        self.transport == Transport::Pci && self.attached > 0
     }
 
     /// What the devices say of themselves in the DSDT.
-    pub(crate) fn aml(&mut self, bars64: &std::ops::Range<u64>) -> Vec<u8> {
-        let mut aml = std::mem::take(&mut self.aml);
+    pub(crate) fn aml(&self) -> Vec<u8> {
+        let mut aml = self.aml.clone();
         if self.has_pci() {
-            pci::aml(bars64, &mut aml);
+            pci::aml(&self.bars64, &mut aml);
         }
         aml
     }
 
-    /// No more devices come.
-    pub(crate) fn finish(self) -> Attached {
-        let segment = self.has_pci().then_some(self.segment);
-        Attached { segment, routes: self.routes, windows: self.windows, doorbells: self.doorbells }
+    /// Takes interrupts and doorbells to the machine, and gives the bus of memory addresses with the devices on it.
+    pub(crate) fn connect(self, vm: &Vm) -> anyhow::Result<Bus> {
+        vm.connect_messages(&self.routes);
+        for (doorbell, kick) in &self.doorbells {
+            vm.connect_doorbell(*doorbell, kick)?;
+        }
+        let mut mmio = Bus::default();
+        if self.has_pci() {
+            mmio.insert(layout::PCI_ECAM, Segment::LENGTH, Arc::new(Mutex::new(self.segment)));
+        }
+        for Window { base, length, device } in self.windows {
+            mmio.insert(base, length, device);
+        }
+        Ok(mmio)
     }
 
     fn attach_pci<D: VirtioDevice>(&mut self, device: D, wiring: Wiring) -> anyhow::Result<()> {
@@ -94,12 +96,11 @@ impl<'a> Slots<'a> {
             let doorbell = Doorbell { at: Place::Memory(address), value: Value::Any };
             self.doorbells.push((doorbell, kick.try_clone().context("Cannot duplicate an eventfd")?));
         }
-        self.functions += 1;
         Ok(())
     }
 
     fn attach_mmio<D: VirtioDevice>(&mut self, device: D, wiring: Wiring) -> anyhow::Result<()> {
-        let number = self.mapped;
+        let number = self.attached;
         let gsi = layout::VIRTIO_GSIS.start + number;
         if gsi >= layout::VIRTIO_GSIS.end {
             let places = layout::VIRTIO_GSIS.len();
@@ -115,7 +116,6 @@ impl<'a> Slots<'a> {
         }
         self.windows.push(Window { base, length: mmio::WINDOW, device: Arc::new(Mutex::new(device)) });
         self.mapped_aml(number, base, gsi);
-        self.mapped += 1;
         Ok(())
     }
 
@@ -136,29 +136,13 @@ impl<'a> Slots<'a> {
 
 impl Attach for Slots<'_> {
     fn attach<D: VirtioDevice>(&mut self, name: String, device: D) -> anyhow::Result<()> {
-        let io_thread = IoThread::spawn(self.threads).context("Cannot start an I/O thread")?;
-        self.threads += 1;
+        let io_thread = IoThread::spawn(self.attached).context("Cannot start an I/O thread")?;
         let wiring = Wiring { memory: self.memory.clone(), io_thread, name };
         match self.transport {
             Transport::Pci => self.attach_pci(device, wiring),
             Transport::Mmio => self.attach_mmio(device, wiring),
-        }
-    }
-}
-
-impl Attached {
-    /// Takes interrupts and doorbells to the machine, and puts the devices on its bus of memory addresses.
-    pub(crate) fn connect(self, vm: &Vm, mmio: &mut Bus) -> anyhow::Result<()> {
-        vm.connect_messages(&self.routes);
-        for (doorbell, kick) in &self.doorbells {
-            vm.connect_doorbell(*doorbell, kick)?;
-        }
-        for Window { base, length, device } in self.windows {
-            mmio.insert(base, length, device);
-        }
-        if let Some(segment) = self.segment {
-            mmio.insert(layout::PCI_ECAM, Segment::LENGTH, Arc::new(Mutex::new(segment)));
-        }
+        }?;
+        self.attached += 1;
         Ok(())
     }
 }

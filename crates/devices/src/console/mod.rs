@@ -32,6 +32,7 @@ pub use socket::SocketSpec;
 use std::collections::VecDeque;
 use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd, BorrowedFd, RawFd};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -64,6 +65,18 @@ pub enum SerialSpec {
     Pty(PtySpec),
     /// A Unix socket, for one client at a time
     Socket(SocketSpec),
+}
+
+impl SerialSpec {
+    /// The path of the file that is made for it.
+    pub fn path(&mut self) -> Option<&mut PathBuf> {
+        match self {
+            Self::Off | Self::Stdio => None,
+            Self::File(file) => Some(&mut file.path),
+            Self::Pty(pty) => pty.link.as_mut(),
+            Self::Socket(socket) => Some(&mut socket.path),
+        }
+    }
 }
 
 /// What the event loop tells us about.
