@@ -12,7 +12,7 @@ use vmm_sys_util::timerfd::TimerFd;
 use super::engine::{Done, Engine};
 use super::image::Image;
 use super::job::{Job, Op};
-use super::request::{self, IOERR, OK, Rules, Status, UNSUPP};
+use super::request::{self, IOERR, MOST_BYTES, OK, Rules, Status, UNSUPP};
 
 /// What the I/O thread tells us about. Smaller tokens are queues.
 const ENGINE: u32 = 1 << 16;
@@ -136,9 +136,18 @@ impl BlockHandler {
         self.free.len() < self.slots.len()
     }
 
-    /// Does everything that a queue has.
+    /// Does what a queue has, up to [`MOST_BYTES`] and one request: the rest has another turn, so that neither other
+    /// queues nor a reset wait for long.
     fn serve(&mut self, queue: usize) -> Result<(), GuestFault> {
+        let mut bytes = 0;
         while let Some(chain) = self.queues[queue].pop()? {
+            if bytes > MOST_BYTES {
+                self.queues[queue].undo_pop(chain);
+                // A full counter, the one error, is a kick too.
+                let _ = self.queues[queue].kick().write(1);
+                break;
+            }
+            bytes += chain.readable_len().max(chain.writable_len());
             if let Some(limiter) = &mut self.limiter
                 && !limiter.admit(chain.readable_len().max(chain.writable_len()) as u64)
             {
@@ -220,9 +229,8 @@ impl BlockHandler {
             Ok(true) => return Some(job),
             Ok(false) => {
                 let wrote = matches!(job.op, Op::Write | Op::WriteThrough);
-                if wrote && self.errors.full && self.parked.is_empty() {
-                    log::info!("The host has room again for what {} writes", self.conduct.name);
-                    self.errors.full = false;
+                if wrote && self.parked.is_empty() {
+                    self.errors.room(&self.conduct.name);
                 }
                 self.finish(tag, job, OK);
                 return None;
@@ -265,9 +273,7 @@ impl BlockHandler {
     /// Keeps a request until there is room for it on the host's disk.
     fn park(&mut self, tag: u32, job: Job) {
         if self.parked.is_empty() {
-            if !mem::replace(&mut self.errors.full, true) {
-                log::warn!("The host has no room for what {} writes: its requests wait for some", self.conduct.name);
-            }
+            self.errors.full(&self.conduct.name);
             // Without a timer there is nobody who would try again.
             if let Err(error) = self.room.reset(FULL_PAUSE, None).map_err(io::Error::from) {
                 self.errors.report(&self.conduct.name, &job, &error);
@@ -342,11 +348,26 @@ struct Errors {
     /// Since the last line in the log.
     count: u64,
     reported: Option<Instant>,
-    /// The log has said that the host's disk is full.
+    /// The log has said that the host's disk is full, and not yet that it is no more.
     full: bool,
+    /// When it said so last: a guest that frees and writes in turns cannot have it said each time.
+    said_full: Option<Instant>,
 }
 
 impl Errors {
+    fn full(&mut self, name: &str) {
+        if !self.full && self.said_full.is_none_or(|last| last.elapsed() >= LOG_PAUSE) {
+            log::warn!("The host has no room for what {name} writes: its requests wait for some");
+            (self.full, self.said_full) = (true, Some(Instant::now()));
+        }
+    }
+
+    fn room(&mut self, name: &str) {
+        if mem::take(&mut self.full) {
+            log::info!("The host has room again for what {name} writes");
+        }
+    }
+
     fn report(&mut self, name: &str, job: &Job, error: &io::Error) {
         self.count = self.count.saturating_add(1);
         if self.reported.is_none_or(|last| last.elapsed() >= LOG_PAUSE) {

@@ -140,17 +140,18 @@ impl Block {
         if new.path == self.spec.path && !new.readonly && self.spec.overlay.is_none() {
             bail!("{name} is in the drive already");
         }
-        let medium = open(new)?;
+        // What belongs to the drive stays, its queues above all: the engine has a place for each of their requests.
+        let BlockSpec { id, queues, serial, cache, rate, burst, ops, ops_burst, on_full, .. } = self.spec.clone();
+        let id = Some(id.unwrap_or_else(|| self.spec.id()));
+        let spec = BlockSpec { id, queues, serial, cache, rate, burst, ops, ops_burst, on_full, ..new.clone() };
+        let medium = open(&spec)?;
+        self.spec = spec;
         self.image = medium.image.clone();
         self.announce(medium.image.size());
         match handler {
             Some(handler) => handler.change_medium(medium),
             None => self.medium = Some(medium),
         }
-        // What belongs to the drive stays.
-        let BlockSpec { id, queues, serial, cache, rate, burst, ops, ops_burst, on_full, .. } = self.spec.clone();
-        let id = Some(id.unwrap_or_else(|| self.spec.id()));
-        self.spec = BlockSpec { id, queues, serial, cache, rate, burst, ops, ops_burst, on_full, ..new.clone() };
         Ok(())
     }
 

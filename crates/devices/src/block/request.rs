@@ -22,6 +22,10 @@ const RANGE: usize = 16;
 /// The range may be deallocated.
 const FLAG_UNMAP: u32 = 1;
 
+/// The longest read or write, in bytes. Drivers stay far below it (Linux: 4 MiB unless told otherwise); chains whose
+/// descriptors name the same memory many times could ask for gigabytes, and a reset has to wait for them.
+pub(super) const MOST_BYTES: usize = 64 << 20;
+
 /// The status byte.
 pub(super) type Status = u8;
 /// VIRTIO_BLK_S_OK.
@@ -65,6 +69,8 @@ pub(super) fn parse(chain: &mut Chain, rules: &Rules<'_>, job: &mut Job) -> Resu
     let sector = u64::from(high) << 32 | u64::from(low);
     let payload = chain.readable_len() - HEADER;
     match kind {
+        0 if room > MOST_BYTES => return Ok(Some(IOERR)),
+        1 if payload > MOST_BYTES => return Ok(Some(IOERR)),
         // VIRTIO_BLK_T_IN
         0 => {
             let Some(offset) = range(sector, room as u64, rules) else { return Ok(Some(IOERR)) };

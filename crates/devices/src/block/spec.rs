@@ -84,7 +84,7 @@ pub enum Cache {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum EngineSpec {
-    /// What suits the file system and the cache mode.
+    /// What suits the image and the file system that it lies on.
     #[default]
     Auto,
     /// The I/O thread itself, one after the other: the fastest where nothing ever waits for a disk.

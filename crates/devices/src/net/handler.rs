@@ -1,9 +1,10 @@
 //! The half of a card that moves frames, on an I/O thread.
 //!
-//! To the guest: chains are taken ahead, enough for the largest frame, and each frame is read straight into them by one
-//! call; what it does not fill stays for the next one. Should the driver have given less than that, the end of a frame
-//! goes to memory of ours, and waits there for the driver's next buffers. From the guest: each frame is written by one
-//! call straight from where it is. No lock is taken and nothing allocated for a frame.
+//! To the guest: chains are taken ahead, enough for the largest frame, and each frame of a tap is read straight into them
+//! by one call (passt's come in a stream and are copied); what it does not fill stays for the next one. Should the driver
+//! have given less than that, the end of a frame goes to memory of ours, and waits there for the driver's next buffers.
+//! From the guest: each frame is written by one call straight from where it is. No lock is taken and nothing allocated
+//! for a frame.
 
 use std::collections::VecDeque;
 use std::io::{self, ErrorKind};
@@ -165,7 +166,7 @@ impl FrameHandler {
     fn lost(&mut self, index: usize, error: &io::Error, watch: &mut Watch<'_>) {
         let pair = &mut self.pairs[index];
         pair.unwatch(watch);
-        // What waits for the port waits for nothing.
+        // What the guest has sent and we have not waits for the port's return, and not for room in it.
         pair.tx.blocked = false;
         match &mut pair.port {
             Port::Passt(passt) => passt.lost(&self.setup.name, error),
@@ -188,6 +189,8 @@ impl FrameHandler {
         let Some(Pair { port: Port::Passt(passt), .. }) = self.pairs.first_mut() else { return Ok(()) };
         if passt.restart(&self.setup.name) {
             self.set_link(true);
+            // The guest has kicked for what waits here, and need not do so again.
+            self.transmit(0, watch)?;
             self.receive(0, watch)?;
         }
         Ok(())

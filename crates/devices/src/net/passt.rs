@@ -25,7 +25,7 @@ use super::{HEADER, LARGEST, NetSpec};
 
 /// The program, looked for in `PATH`.
 pub(super) const PROGRAM: &str = "passt";
-/// How long after its end it is started again: this at first, twice as long after each end that comes early.
+/// How long after its end it is started again: twice this at first, and twice as long after each end that comes early.
 const PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 
@@ -142,7 +142,7 @@ impl Passt {
         self.running.as_ref().is_some_and(|running| running.whole().is_some())
     }
 
-    /// Drops the frames that came while nobody was there to take them.
+    /// Drops the frames that have been read while nobody was there to take them; the socket may hold more.
     pub(super) fn forget(&mut self) {
         if let Some(running) = &mut self.running {
             while let Some(frame) = running.whole() {
