@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 use virtio::features::{EVENT_IDX, INDIRECT_DESC};
 use virtio::testing::{self, Driver, MmioRegisters};
+use vm_memory::{Bytes, GuestAddress};
 
 const IN: u32 = 0;
 const OUT: u32 = 1;
@@ -211,6 +212,29 @@ fn requests_beyond_the_disk_or_of_odd_lengths_fail_and_the_next_succeeds() {
     guest.send(0, &[&header(IN, 0)], &[1]);
     assert_eq!(guest.collect(0).data, [0]);
     assert_eq!(get(&mut guest, IN, end - 1, 512), (vec![0; 512], 0));
+}
+
+#[test]
+fn a_request_of_more_bytes_than_any_driver_asks_for_fails_and_the_next_succeeds() {
+    for (kind, data) in [(IN, testing::WRITE), (OUT, 0)] {
+        let folder = folder();
+        let mut guest = boot(&spec(raw_image(&folder, 256 << 20)));
+        let (memory, ring) = (&guest.memory, &mut guest.rings[0]);
+        memory.write_slice(&header(kind, 0), GuestAddress(ring.buffer(0))).unwrap();
+        let status = ring.buffer(1);
+        let chain = [(ring.buffer(0), 16, 0), (ring.buffer(2), (64 << 20) + 512, data), (status, 1, testing::WRITE)];
+        for (at, (address, length, flags)) in (0..).zip(chain) {
+            let next = if at < 2 { testing::NEXT } else { 0 };
+            let descriptor = testing::Descriptor { address, length, flags: flags | next, next: at + 1 };
+            descriptor.store(memory, ring.descriptors, at);
+        }
+        ring.offer(memory, 0);
+        guest.kick(0);
+        guest.wait(Some(0), "use the chain", |guest| (guest.rings[0].used_index(&guest.memory) == 1).then_some(()));
+        assert_eq!(guest.memory.read_obj::<u8>(GuestAddress(status)).unwrap(), 1);
+        guest.rings[0].next_used = 1;
+        assert_eq!(get(&mut guest, IN, 0, 512).1, 0);
+    }
 }
 
 #[test]
@@ -528,5 +552,28 @@ fn a_medium_is_changed_while_the_guest_runs_and_the_guest_is_told() {
         assert!(fs::read(&new).unwrap().ends_with(&[2; 512]), "{engine:?}");
         // The old image is free for others.
         Block::open(&spec(old)).unwrap();
+    }
+}
+
+#[test]
+fn a_changed_medium_has_room_for_the_requests_of_all_the_drive_s_queues() {
+    for engine in ENGINES {
+        let (first, second) = (folder(), folder());
+        let mut guest = boot(&BlockSpec { engine, queues: Some(3), ..spec(raw_image(&first, SIZE)) });
+        let changed = BlockSpec { engine, ..spec(raw_image(&second, SIZE)) };
+        guest.registers.device.core().control(|block, handler| block.change_medium(&changed, handler)).unwrap();
+        for queue in 0..3 {
+            for at in 0..80 {
+                guest.add(queue, &[&header(OUT, at * 8), &[1; 4096]], &[1]);
+            }
+        }
+        for queue in 0..3 {
+            guest.kick(queue);
+        }
+        for queue in 0..3 {
+            for _ in 0..80 {
+                assert_eq!(guest.collect(queue).data, [0], "{engine:?}");
+            }
+        }
     }
 }

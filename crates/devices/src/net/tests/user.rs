@@ -87,6 +87,28 @@ fn passt_is_started_again_when_it_dies_and_the_link_is_down_meanwhile() {
 }
 
 #[test]
+fn frames_that_waited_when_passt_died_come_back_after_its_return() {
+    let folder = tempfile::tempdir().unwrap();
+    let gate = folder.path().join("gate");
+    assert!(Command::new("mkfifo").arg(&gate).status().unwrap().success());
+    // The first reads nothing and dies when the gate opens.
+    let (mut guest, traffic) =
+        user(&folder, "test -e lived && exec cat <&0 >/dev/null; >lived; read line <gate; mv program gone");
+    for seed in 0..100 {
+        guest.add(TX, &[&[0; HEADER], &frame(PEER, GUEST, seed, 60_000)], &[]);
+    }
+    guest.kick(TX);
+    wait_for(&traffic, |traffic| traffic.tx.frames() > 1);
+    std::fs::write(&gate, "\n").unwrap();
+    link_is(&mut guest, false);
+    std::fs::rename(folder.path().join("gone"), folder.path().join("program")).unwrap();
+    link_is(&mut guest, true);
+    for _ in 0..100 {
+        guest.collect(TX);
+    }
+}
+
+#[test]
 fn a_length_that_cannot_be_ends_passt_and_not_us() {
     let folder = tempfile::tempdir().unwrap();
     let script = r"test -e lived && exec cat <&0 >&0; >lived; printf '\377\377\377\377' >&0; exec cat <&0 >/dev/null";
