@@ -6,10 +6,10 @@
 mod support;
 
 use std::fs;
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddrV4, TcpListener, TcpStream};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -17,6 +17,7 @@ use rustix::process::Signal;
 use sha2::{Digest, Sha256};
 use support::guest::Guest;
 use support::machine::MIB;
+use support::packet::{HEADER, Packets};
 use support::process::Ended;
 use support::tiny::Code;
 use support::until;
@@ -285,16 +286,59 @@ fn assert_random(guest: &mut Guest) {
 }
 
 fn assert_sockets(guest: &mut Guest, path: &str) {
-    guest.ask("test -c /dev/vsock");
-    guest.ask("ls /sys/bus/virtio/drivers/vmw_vsock_virtio_transport | grep virtio");
     let metadata = fs::metadata(path).expect("it listens");
     assert!(metadata.file_type().is_socket());
     assert_eq!(metadata.permissions().mode() & 0o777, 0o600);
-    let mut client = UnixStream::connect(path).expect("it listens");
-    writeln!(client, "CONNECT 52").expect("it reads");
+    let mut client = connect(path, 52);
     let mut answer = String::new();
     client.read_to_string(&mut answer).expect("it answers or closes");
     assert_eq!(answer, "", "nobody listens at the guest's port");
+    echo_both_ways(guest, path, 8 * MIB);
+}
+
+/// Asks for a connection to the guest's port.
+fn connect(path: &str, port: u32) -> UnixStream {
+    let mut client = UnixStream::connect(path).expect("it listens");
+    writeln!(client, "CONNECT {port}").expect("it reads");
+    client
+}
+
+/// Has the guest send `bytes` back, through a connection of the host's and through one of its own.
+fn echo_both_ways(guest: &mut Guest, path: &str, bytes: u64) {
+    guest.tell("vsock-echo listen 1000");
+    guest.wait_for("listening");
+    let client = connect(path, 1000);
+    let mut answer = BufReader::new(client.try_clone().expect("there is room for a descriptor"));
+    let mut line = String::new();
+    answer.read_line(&mut line).expect("it answers");
+    assert!(line.starts_with("OK "), "{line}");
+    echo(&client, &mut answer, bytes);
+    guest.wait_for("=0=\r\n");
+
+    let listener = UnixListener::bind(format!("{path}_2000")).expect("the folder is ours");
+    guest.tell("vsock-echo connect 2000");
+    let (client, _) = listener.accept().expect("the guest connects");
+    echo(&client, &mut &client, bytes);
+    guest.wait_for("=0=\r\n");
+}
+
+/// Sends numbers, and checks that the same come back, and then the end.
+fn echo(mut to: &UnixStream, from: &mut impl Read, bytes: u64) {
+    let block = |number: u64| [number.to_le_bytes(); 8 << 10];
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            for number in 0..bytes / (64 << 10) {
+                to.write_all(block(number).as_flattened()).expect("the guest reads");
+            }
+            to.shutdown(Shutdown::Write).expect("it is connected");
+        });
+        let mut got = vec![0; 64 << 10];
+        for number in 0..bytes / (64 << 10) {
+            from.read_exact(&mut got).expect("the guest sends all of it back");
+            assert!(got == block(number).as_flattened(), "block {number} is another");
+        }
+        assert_eq!(from.read(&mut got).expect("the guest closes"), 0);
+    });
 }
 
 /// 64 MiB are gone from the guest, and what it frees is soon gone from the host.
@@ -321,6 +365,55 @@ fn every_device_serves_one_guest_on_pci() {
 #[test]
 fn every_device_serves_one_guest_on_mmio() {
     every_device("mmio");
+}
+
+#[test]
+#[ignore = "long: sends 2 GiB"]
+fn a_gibibyte_goes_each_way_through_a_vsock() {
+    let folder = Folder::new();
+    let socket = folder.text("vsock");
+    let mut guest = boot(&["--vsock", &socket]);
+    echo_both_ways(&mut guest, &socket, 1 << 30);
+    guest.end("poweroff -f").assert(0, "the guest powered off");
+}
+
+#[test]
+fn a_peer_that_sends_rubbish_disturbs_neither_the_guest_nor_its_card() {
+    const FRAMES: usize = 20_000;
+    let link = Link::new("vmm-own", "eth0", 102);
+    let mut guest = boot(&["--net", "vmm-own,vhost=off"]);
+    link.set_up(&mut guest);
+    let wire = Packets::on(link.tap).expect("there is a packet socket");
+    let address = guest.ask("cat /sys/class/net/eth0/address");
+    let address: Vec<u8> = address.split(':').map(|byte| u8::from_str_radix(byte, 16).expect("a number")).collect();
+    let mut state = 1_u64;
+    let mut next = move || {
+        state = state.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(0x1405_7b7e_f767_814f);
+        state.to_le_bytes()
+    };
+    let mut sent = 0;
+    for _ in 0..FRAMES {
+        let [kind, shape, _, _, _, _, long, short] = next();
+        let length = if short & 3 == 0 { 14 + usize::from(long) * 5 } else { 14 + usize::from(long) % 64 };
+        let mut frame: Vec<u8> = std::iter::repeat_with(&mut next).flatten().take(HEADER + length).collect();
+        // Half have headers that the kernel cannot find fault with, some any header; most are for the guest.
+        match kind & 3 {
+            0 => {}
+            1 => frame[..2].copy_from_slice(&[0, shape & 7]),
+            _ => frame[..HEADER].fill(0),
+        }
+        if shape & 0xf0 != 0 {
+            frame[HEADER..HEADER + 6].copy_from_slice(&address);
+            frame[HEADER + 12..HEADER + 14]
+                .copy_from_slice(&[[8, 0], [8, 6], [0x86, 0xdd], [0x81, 0]][usize::from(shape & 3)]);
+        }
+        sent += usize::from(wire.send(&frame));
+    }
+    assert!(sent > FRAMES / 3, "the kernel lets {sent} frames out");
+    guest.ask(&format!("ping -c 2 -w 60 {} >/dev/null", link.host));
+    assert!(guest.number("cat /sys/class/net/eth0/statistics/rx_packets") > 1000);
+    assert_eq!(guest.ask("dmesg | grep -iE 'BUG:|WARNING:|virtio.*(fail|error)' || true"), "");
+    guest.end("poweroff -f").assert(0, "the guest powered off");
 }
 
 #[test]

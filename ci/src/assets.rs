@@ -10,12 +10,14 @@ use anyhow::{Context, Result};
 use crate::apt::{self, Package};
 use crate::cache;
 use crate::cpio::Archive;
+use crate::image::{self, ImageSpec};
 use crate::{kernel, progress};
 
 /// The modules that the emulated host loads, with what they need. The kernel there can load others by itself.
 const HOST_MODULES: &[&str] = &[
     "virtio_pci",
     "virtio_console",
+    "virtio_blk",
     "virtiofs",
     "overlay",
     "kvm-amd",
@@ -104,10 +106,8 @@ pub(crate) fn reboot_initramfs(mark: bool) -> Result<PathBuf> {
         let source = dir.join("reboot.rs");
         let program = dir.join("reboot");
         fs::write(&source, SOURCE)?;
-        let mut rustc = Command::new(std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into()));
-        rustc.args(["--edition", "2024", "--crate-type", "bin", "-C", "panic=abort", "-C", "opt-level=s"]);
-        rustc.args(["-C", "strip=symbols", "-C", "relocation-model=static", "-C", "target-feature=+crt-static"]);
-        rustc.args(["-C", LINK]).args(mark.then_some("--cfg=mark")).arg(&source).arg("-o").arg(&program);
+        let mut rustc = rustc(&source, &program);
+        rustc.args(["-C", LINK]).args(mark.then_some("--cfg=mark"));
         apt::run(&mut rustc)?;
         let mut archive = Archive::default();
         archive.file("init", 0o755, &fs::read(&program)?)?;
@@ -116,20 +116,30 @@ pub(crate) fn reboot_initramfs(mark: bool) -> Result<PathBuf> {
     Ok(entry.join("initramfs"))
 }
 
+/// The compiler, told to make a small static program.
+fn rustc(source: &Path, program: &Path) -> Command {
+    let mut rustc = Command::new(std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into()));
+    rustc.args(["--edition", "2024", "--crate-type", "bin", "-C", "panic=abort", "-C", "opt-level=s"]);
+    rustc.args(["-C", "strip=symbols", "-C", "relocation-model=static", "-C", "target-feature=+crt-static"]);
+    rustc.arg(source).arg("-o").arg(program);
+    rustc
+}
+
 /// An initramfs of busybox, for any kernel. Its init runs what the kernel's command line says as `run="COMMANDS"`; without
 /// that it gives a root shell, whose prompt is `guest# `, on the console. At the end of either it powers the machine
-/// off. The command `facts` prints what the guest sees, `power-button` has a press of the power button end it, and
-/// `/modules/RELEASE` holds modules of Debian's cloud kernels to `insmod`.
+/// off. The command `facts` prints what the guest sees, `power-button` has a press of the power button end it,
+/// `vsock-echo` sends back what the host sends, and `/modules/RELEASE` holds modules of Debian's cloud kernels to `insmod`.
 pub(crate) fn shell_initramfs() -> Result<PathBuf> {
     const SCRIPTS: [(&str, &str); 3] = [
         ("init", include_str!("../guest/init.sh")),
         ("bin/facts", include_str!("../guest/facts.sh")),
         ("bin/power-button", include_str!("../guest/power-button.sh")),
     ];
+    const ECHO: &str = include_str!("../guest/vsock-echo.rs");
     let kernels = [debian_kernel(Flavour::Cloud61)?, debian_kernel(Flavour::Cloud612)?];
     let package = Package::named("busybox-static")?;
     let modules = GUEST_MODULES.join(" ");
-    let mut inputs = vec![package.version.as_str(), &modules];
+    let mut inputs = vec![package.version.as_str(), &modules, ECHO];
     inputs.extend(kernels.iter().map(|kernel| kernel.package.as_str()));
     inputs.extend(SCRIPTS.map(|(_, script)| script));
     let entry = cache::entry("initramfs-shell", &inputs, |dir| {
@@ -149,6 +159,10 @@ pub(crate) fn shell_initramfs() -> Result<PathBuf> {
         for (path, script) in SCRIPTS {
             archive.file(path, 0o755, script.as_bytes())?;
         }
+        let (source, program) = (dir.join("vsock-echo.rs"), dir.join("vsock-echo"));
+        fs::write(&source, ECHO)?;
+        apt::run(&mut rustc(&source, &program))?;
+        archive.file("bin/vsock-echo", 0o755, &fs::read(&program)?)?;
         for kernel in &kernels {
             add_modules(&mut archive, &format!("modules/{}", kernel.release), kernel, GUEST_MODULES)?;
         }
@@ -166,6 +180,7 @@ pub(crate) fn shell_initramfs() -> Result<PathBuf> {
 /// | `debian-6.12-vmlinuz`, `debian-6.12-vmlinux` | Debian's 6.12 cloud kernel, packed (zstd) and unpacked |
 /// | `debian-6.1-generic-vmlinuz`, `debian-6.1-generic-vmlinux` | Debian's 6.1 kernel for any machine, packed (xz) and unpacked |
 /// | `small-bzImage`, `small-vmlinux` | the small kernel |
+/// | `debian` | a folder as `cargo xtask image` makes it, with nginx and fio |
 /// | `initramfs-shell` | [`shell_initramfs`] |
 /// | `initramfs-reboot`, `initramfs-mark` | [`reboot_initramfs`] without and with the mark |
 pub(crate) fn directory() -> Result<PathBuf> {
@@ -182,6 +197,7 @@ pub(crate) fn directory() -> Result<PathBuf> {
     let small = kernel::small_kernel()?;
     links.push(("small-bzImage".into(), small.bzimage));
     links.push(("small-vmlinux".into(), small.vmlinux));
+    links.push(("debian".into(), image::debian_image(&ImageSpec::with(&["fio", "nginx-light"]))?));
     links.push(("initramfs-shell".into(), shell_initramfs()?));
     links.push(("initramfs-reboot".into(), reboot_initramfs(false)?));
     links.push(("initramfs-mark".into(), reboot_initramfs(true)?));

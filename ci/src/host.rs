@@ -18,6 +18,7 @@ use std::io::{self, PipeWriter, Write};
 use std::iter;
 use std::os::fd::AsFd;
 use std::os::unix::process::ExitStatusExt;
+use std::path::PathBuf;
 use std::process::{Command, ExitStatus, Output};
 use std::sync::{Arc, Mutex};
 
@@ -59,11 +60,14 @@ pub(crate) struct Host {
     /// run side by side on real time, but QEMU then loses an interrupt or corrupts memory now and then.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=64))]
     pub(crate) cpus: u8,
+    /// A file that is its disk, /dev/vda. When it ends without warning, what it had not flushed to the disk is lost.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) disk: Option<PathBuf>,
 }
 
 impl Default for Host {
     fn default() -> Self {
-        Self { timeout: 600, mem: 4096, cpus: 1 }
+        Self { timeout: 600, mem: 4096, cpus: 1, disk: None }
     }
 }
 

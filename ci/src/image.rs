@@ -149,6 +149,12 @@ pub(crate) fn debian_image(spec: &ImageSpec) -> Result<PathBuf> {
 }
 
 impl ImageSpec {
+    /// What `cargo xtask image PACKAGE…` asks for.
+    pub(crate) fn with(packages: &[&str]) -> Self {
+        let packages = packages.iter().map(|package| (*package).to_owned()).collect();
+        Self { size: Size(2 << 30), suite: None, ssh_key: None, hostname: "debian".into(), packages }
+    }
+
     /// Says what is wrong before anything is downloaded.
     fn check(&self) -> Result<()> {
         ensure!(

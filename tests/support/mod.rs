@@ -8,6 +8,7 @@
 pub(crate) mod elf;
 pub(crate) mod guest;
 pub(crate) mod machine;
+pub(crate) mod packet;
 pub(crate) mod process;
 pub(crate) mod pty;
 pub(crate) mod seccomp;

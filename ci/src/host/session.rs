@@ -294,6 +294,10 @@ fn start_qemu(host: &Host, kernel: &Kernel, inherited: Inherited, log: io::PipeW
             .args(["-chardev", &format!("socket,id=port{number},fd={}", port.as_raw_fd())])
             .args(["-device", &format!("virtserialport,chardev=port{number},nr={number}")]);
     }
+    if let Some(disk) = &host.disk {
+        let path = disk.to_str().context("The path of the disk is not text")?.replace(',', ",,");
+        command.args(["-drive", &format!("if=virtio,format=raw,cache=writeback,file={path}")]);
+    }
     command
         .arg("-kernel")
         .arg(&kernel.vmlinuz)
