@@ -3,12 +3,14 @@
 pub mod balloon;
 pub mod block;
 pub mod console;
+mod control;
 pub mod hvc;
 pub mod legacy;
 mod list;
 pub mod net;
 pub mod rng;
-mod unix;
+pub mod unix;
 pub mod vsock;
 
+pub use control::{Controls, DeviceReply, DeviceRequest};
 pub use list::{Attach, Devices};

@@ -2,14 +2,18 @@
 //!
 //! Flags, file and API share it. A new device is a folder of its own, a field here, and its line in each method.
 
+use std::collections::HashSet;
 use std::path::PathBuf;
 
+use anyhow::bail;
 use kv::help;
 use serde::{Deserialize, Serialize};
 use virtio::VirtioDevice;
+use virtio::transport::Handle;
 
 use crate::balloon::{Balloon, BalloonSpec};
 use crate::block::{Block, BlockSpec};
+use crate::control::Controls;
 use crate::net::{Net, NetSpec};
 use crate::rng::{Rng, RngSpec};
 use crate::vsock::{Vsock, VsockSpec};
@@ -60,12 +64,12 @@ pub struct Devices {
 
 /// A machine that devices are attached to.
 pub trait Attach {
-    /// Attaches a device; `name` is what the log calls it.
+    /// Attaches a device; `name` is what the log calls it. Gives the way to it.
     ///
     /// # Errors
     ///
     /// The machine has no place for it.
-    fn attach<D: VirtioDevice>(&mut self, name: String, device: D) -> anyhow::Result<()>;
+    fn attach<D: VirtioDevice>(&mut self, name: String, device: D) -> anyhow::Result<Handle<D>>;
 }
 
 impl Devices {
@@ -94,15 +98,29 @@ impl Devices {
         disks.chain(self.vsock.iter_mut().map(|vsock| &mut vsock.path))
     }
 
-    /// Makes the devices and attaches them, in the order of this list. `vm` is the machine's name.
+    /// The names by which the devices are addressed.
+    fn ids(&self) -> impl Iterator<Item = String> {
+        let disks = self.disk.iter().map(BlockSpec::id).chain(self.net.iter().map(NetSpec::id));
+        let rest = self.rng.iter().map(RngSpec::id).chain(self.vsock.iter().map(VsockSpec::id));
+        disks.chain(rest.chain(self.balloon.iter().map(BalloonSpec::id)).map(str::to_owned))
+    }
+
+    /// Makes the devices and attaches them, in the order of this list. `vm` is the machine's name. Gives what they can
+    /// be reached by.
     ///
     /// # Errors
     ///
-    /// What was asked for cannot be had; the machine has no place for it.
-    pub fn attach(&self, vm: Option<&str>, to: &mut impl Attach) -> anyhow::Result<()> {
+    /// What was asked for cannot be had; two have the same name; the machine has no place for one.
+    pub fn attach(&self, vm: Option<&str>, to: &mut impl Attach) -> anyhow::Result<Controls> {
+        let mut seen = HashSet::new();
+        if let Some(id) = self.ids().find(|id| !seen.insert(id.clone())) {
+            bail!("Two devices are called {id}: give one of them another name with id=NAME");
+        }
+        let mut controls = Controls::default();
         for spec in &self.disk {
             let device = Block::open(spec)?;
-            to.attach(format!("disk {}", device.id()), device)?;
+            let handle = to.attach(format!("disk {}", device.id()), device)?;
+            controls.disks.push((spec.id(), handle));
         }
         for spec in &self.net {
             let device = Net::open(spec, vm)?;
@@ -115,9 +133,10 @@ impl Devices {
             to.attach(spec.id().to_owned(), Vsock::new(spec)?)?;
         }
         for spec in &self.balloon {
-            to.attach(spec.id().to_owned(), Balloon::new(spec)?)?;
+            let handle = to.attach(spec.id().to_owned(), Balloon::new(spec)?)?;
+            controls.balloons.push((spec.id().to_owned(), handle));
         }
-        Ok(())
+        Ok(controls)
     }
 
     /// The keys of each flag, for its help.

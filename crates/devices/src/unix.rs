@@ -13,14 +13,14 @@ use std::path::Path;
 use anyhow::{Context as _, bail};
 
 /// The longest path that a socket can have, in bytes.
-pub(crate) const LONGEST_PATH: usize = 107;
+pub const LONGEST_PATH: usize = 107;
 
 /// Listens at `path` for what `purpose` names, without blocking; so many clients may wait to be let in.
 ///
 /// # Errors
 ///
 /// Somebody listens there, something else is there, or the place is not one for a socket.
-pub(crate) fn listen(path: &Path, backlog: libc::c_int, purpose: &str) -> anyhow::Result<UnixListener> {
+pub fn listen(path: &Path, backlog: libc::c_int, purpose: &str) -> anyhow::Result<UnixListener> {
     remove_stale(path, purpose)?;
     let socket = bind(path, backlog).with_context(|| {
         let name = path.display();
@@ -34,7 +34,7 @@ pub(crate) fn listen(path: &Path, backlog: libc::c_int, purpose: &str) -> anyhow
 /// # Errors
 ///
 /// Nobody listens there.
-pub(crate) fn connect(path: &Path) -> io::Result<UnixStream> {
+pub fn connect(path: &Path) -> io::Result<UnixStream> {
     let socket = stream_socket()?;
     let address = address(path)?;
     // SAFETY: the address lives across the call, and the length is its own.

@@ -62,6 +62,13 @@ impl Vcpu {
         self.fd.set_regs(&entry.regs()).context("KVM refuses the entry's registers")
     }
 
+    /// Tells a guest with KVM's clock that the host had stopped it, so that its watchdogs let that time pass
+    /// (`KVM_KVMCLOCK_CTRL`).
+    pub fn excuse_pause(&self) {
+        // Without that clock it is an error, and there is nobody to tell.
+        let _ = self.fd.kvmclock_ctrl();
+    }
+
     /// Runs the guest until it needs an answer, or a kick arrives.
     ///
     /// # Errors

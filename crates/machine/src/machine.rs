@@ -10,6 +10,7 @@ use anyhow::Context;
 use boot::cache::Cache;
 use boot::{AcpiSpec, Sources, Start, tells_panics_apart};
 use bus::{Bus, EndLatch};
+use devices::Controls;
 use devices::console::Console;
 use devices::legacy::power::{PowerButton, RESET, SLEEP_CONTROL, SLEEP_STATUS};
 use devices::legacy::{Platform, Wiring};
@@ -60,6 +61,7 @@ pub struct Running {
 struct Machine {
     ram: Ram,
     button: PowerButton,
+    controls: Controls,
     shared: Arc<Shared>,
     /// The host processor for each virtual one, where they are pinned.
     pins: Vec<Option<usize>>,
@@ -95,7 +97,7 @@ impl Paused {
         })?;
         let bars64 = layout::pci_bars64(mem.size.bytes(), address_bits);
         let mut slots = Slots::new(config.transport.unwrap_or_default(), &ram, &lines, bars64);
-        config.devices.attach(config.name.as_deref(), &mut slots).map_err(ConfigError::of_device)?;
+        let controls = config.devices.attach(config.name.as_deref(), &mut slots).map_err(ConfigError::of_device)?;
         let mut dsdt = std::mem::take(&mut platform.aml);
         dsdt.extend(slots.aml());
         let mut parameters = platform.kernel_parameters.to_owned();
@@ -148,6 +150,7 @@ impl Paused {
         let machine = Machine {
             ram,
             button: platform.button,
+            controls,
             shared: Arc::new(shared),
             pins: pins.collect(),
             panics_are_warm: tells_panics_apart(&cmdline),
@@ -160,6 +163,7 @@ impl Paused {
     pub fn resume(self) -> anyhow::Result<Running> {
         let Self { machine, vcpus } = self;
         machine.shared.stop.store(false, Ordering::SeqCst);
+        vcpus.iter().for_each(Vcpu::excuse_pause);
         let mut processors = Processors { threads: Vec::with_capacity(vcpus.len()), shared: machine.shared.clone() };
         for (vcpu, pin) in vcpus.into_iter().zip(&machine.pins) {
             let thread = VcpuThread::spawn(vcpu, machine.shared.clone(), *pin);
@@ -167,12 +171,32 @@ impl Paused {
         }
         Ok(Running { processors, machine })
     }
+
+    /// Whether the guest has ended, before it was paused.
+    pub fn has_ended(&self) -> bool {
+        self.machine.has_ended()
+    }
+
+    /// The ways to its devices.
+    pub fn controls(&self) -> &Controls {
+        &self.machine.controls
+    }
+
+    /// How the guest ended; `None` where it had not.
+    pub fn outcome(&self) -> Option<Outcome> {
+        self.machine.outcome()
+    }
 }
 
 impl Running {
     /// Whether the guest has ended.
     pub fn has_ended(&self) -> bool {
-        self.machine.shared.end.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+        self.machine.has_ended()
+    }
+
+    /// The ways to its devices.
+    pub fn controls(&self) -> &Controls {
+        &self.machine.controls
     }
 
     /// Presses the power button. A guest may or may not listen to it.
@@ -189,7 +213,17 @@ impl Running {
     /// Stops the processors and says how the guest ended; `None` where it had not.
     pub fn finish(&mut self) -> Option<Outcome> {
         self.processors.stop();
-        let Machine { ram, shared, panics_are_warm, .. } = &self.machine;
+        self.machine.outcome()
+    }
+}
+
+impl Machine {
+    fn has_ended(&self) -> bool {
+        self.shared.end.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+    }
+
+    fn outcome(&self) -> Option<Outcome> {
+        let Self { ram, shared, panics_are_warm, .. } = self;
         log::info!("exits: {}", Sum(&shared.counts));
         let reset_word = ram.read_obj(GuestAddress(layout::RESET_WORD)).unwrap_or(UNTOUCHED);
         let end = shared.end.lock().unwrap_or_else(PoisonError::into_inner).take();

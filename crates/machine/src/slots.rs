@@ -15,7 +15,7 @@ use bus::{Bus, Irq};
 use devices::Attach;
 use kvm::{Doorbell, MsiRoutes, Place, Value, Vm};
 use memory::{Ram, layout};
-use virtio::transport::{Mmio, Pci, Wiring, mmio};
+use virtio::transport::{Handle, Mmio, Pci, Wiring, mmio};
 use virtio::{IoThread, VirtioDevice};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -86,20 +86,21 @@ impl<'a> Slots<'a> {
         Ok(mmio)
     }
 
-    fn attach_pci<D: VirtioDevice>(&mut self, device: D, wiring: Wiring) -> anyhow::Result<()> {
+    fn attach_pci<D: VirtioDevice>(&mut self, device: D, wiring: Wiring) -> anyhow::Result<Handle<D>> {
         let function = Pci::new(device, wiring, Arc::new(Router(self.routes.clone())))?;
-        let function = Arc::new(Mutex::new(function));
-        let windows = self.segment.add(function.clone()).map_err(|error| ConfigError::NoPlace(error.to_string()))?;
+        let handle = Arc::new(Mutex::new(function));
+        let windows = self.segment.add(handle.clone()).map_err(|error| ConfigError::NoPlace(error.to_string()))?;
         self.windows.extend(windows);
-        let function = function.lock().expect("nobody else knows it yet");
+        let function = handle.lock().expect("nobody else knows it yet");
         for (address, kick) in function.kicks() {
             let doorbell = Doorbell { at: Place::Memory(address), value: Value::Any };
             self.doorbells.push((doorbell, kick.try_clone().context("Cannot duplicate an eventfd")?));
         }
-        Ok(())
+        drop(function);
+        Ok(handle)
     }
 
-    fn attach_mmio<D: VirtioDevice>(&mut self, device: D, wiring: Wiring) -> anyhow::Result<()> {
+    fn attach_mmio<D: VirtioDevice>(&mut self, device: D, wiring: Wiring) -> anyhow::Result<Handle<D>> {
         let number = self.attached;
         let gsi = layout::VIRTIO_GSIS.start + number;
         if gsi >= layout::VIRTIO_GSIS.end {
@@ -114,9 +115,10 @@ impl<'a> Slots<'a> {
             let doorbell = Doorbell { at, value: Value::U32(index.into()) };
             self.doorbells.push((doorbell, kick.try_clone().context("Cannot duplicate an eventfd")?));
         }
-        self.windows.push(Window { base, length: mmio::WINDOW, device: Arc::new(Mutex::new(device)) });
+        let device = Arc::new(Mutex::new(device));
+        self.windows.push(Window { base, length: mmio::WINDOW, device: device.clone() });
         self.mapped_aml(number, base, gsi);
-        Ok(())
+        Ok(device)
     }
 
     /// VIRTIO 1.2, section 4.2.1 leaves it open how a device is found; this is the id that Linux's driver knows.
@@ -135,15 +137,15 @@ impl<'a> Slots<'a> {
 }
 
 impl Attach for Slots<'_> {
-    fn attach<D: VirtioDevice>(&mut self, name: String, device: D) -> anyhow::Result<()> {
+    fn attach<D: VirtioDevice>(&mut self, name: String, device: D) -> anyhow::Result<Handle<D>> {
         let io_thread = IoThread::spawn(self.attached).context("Cannot start an I/O thread")?;
         let wiring = Wiring { memory: self.memory.clone(), io_thread, name };
-        match self.transport {
+        let handle = match self.transport {
             Transport::Pci => self.attach_pci(device, wiring),
             Transport::Mmio => self.attach_mmio(device, wiring),
         }?;
         self.attached += 1;
-        Ok(())
+        Ok(handle)
     }
 }
 

@@ -4,6 +4,7 @@ use std::io;
 use std::mem;
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Duration;
 
 use memory::Ram;
 use virtio::{Chain, GuestFault, Handler, VirtQueue, Watch};
@@ -65,6 +66,12 @@ impl BalloonHandler {
     /// The guest's last report on its memory.
     pub fn statistics(&self) -> &Statistics {
         &self.statistics
+    }
+
+    /// Asks for reports that often from now on, if the driver makes any.
+    pub(super) fn set_interval(&mut self, seconds: u32) -> io::Result<()> {
+        let interval = Duration::from_secs(seconds.into());
+        self.timer.as_mut().map_or(Ok(()), |timer| Ok(timer.reset(interval, Some(interval))?))
     }
 
     pub(super) fn stop(mut self) -> Vec<VirtQueue> {

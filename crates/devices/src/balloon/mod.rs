@@ -110,10 +110,34 @@ impl Balloon {
     /// The size is not one that a balloon can have.
     pub fn set_target(&mut self, size: Size) -> anyhow::Result<()> {
         self.target = pages(self.spec.id(), size)?;
+        self.spec.size = size;
         if let Some(config_change) = &self.config_change {
             config_change.raise();
         }
         Ok(())
+    }
+
+    /// Has the guest report on its memory that often.
+    ///
+    /// # Errors
+    ///
+    /// The balloon was not made for reports, or the interval is none.
+    pub fn set_interval(&mut self, seconds: u32, handler: Option<&mut BalloonHandler>) -> anyhow::Result<()> {
+        let id = self.spec.id();
+        if self.spec.stats_interval.is_none() {
+            bail!("{id} keeps no statistics: start the machine with --balloon stats-interval=SECONDS");
+        }
+        if seconds == 0 {
+            bail!("{id}: statistics every 0 seconds are not possible: say 1 or more");
+        }
+        handler.map_or(Ok(()), |handler| handler.set_interval(seconds)).context("Cannot set a balloon's timer")?;
+        self.spec.stats_interval = Some(seconds);
+        Ok(())
+    }
+
+    /// The balloon as it is asked to be now.
+    pub fn spec(&self) -> &BalloonSpec {
+        &self.spec
     }
 
     /// What the balloon is to hold.

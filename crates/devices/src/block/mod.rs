@@ -23,8 +23,11 @@ mod sys;
 mod tests;
 
 pub use handler::BlockHandler;
-pub use spec::{BlockSpec, Cache, EngineSpec, Format, OnFull};
+pub use spec::{BlockSpec, Cache, EngineSpec, Format, OnFull, Opened};
 
+use std::fs;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context as _, bail};
@@ -106,6 +109,44 @@ impl Block {
         self.spec.id()
     }
 
+    /// The disk as it is now.
+    pub fn spec(&self) -> &BlockSpec {
+        &self.spec
+    }
+
+    /// Puts the image at `path` into the drive, or in `opened`, which then is called `path`. Where it is the one in the
+    /// drive, takes up the size that it has now. Takes the handler if there is one.
+    ///
+    /// # Errors
+    ///
+    /// See [`resize`](Self::resize) and [`change_medium`](Self::change_medium); a disk with an overlay stays as it is.
+    pub fn change(
+        &mut self,
+        path: &Path,
+        opened: Option<Opened>,
+        handler: Option<&mut BlockHandler>,
+    ) -> anyhow::Result<()> {
+        if self.spec.overlay.is_some() {
+            bail!("The drive {} has an overlay, which belongs to its image: stop the VM to change it", self.id());
+        }
+        if self.holds(path, opened.as_ref()) {
+            return self.resize(handler).map(drop);
+        }
+        let new = BlockSpec { path: path.to_owned(), opened, id: Some(self.id()), ..self.spec.clone() };
+        self.change_medium(&new, handler)
+    }
+
+    /// Whether an image is the one in the drive: the same file, whatever it is called now.
+    fn holds(&self, path: &Path, opened: Option<&Opened>) -> bool {
+        let new = opened.map_or_else(|| fs::metadata(path), |opened| opened.0.metadata());
+        match (&*self.image, new) {
+            (Image::Raw(raw), Ok(new)) => {
+                raw.file.metadata().is_ok_and(|old| (old.dev(), old.ino()) == (new.dev(), new.ino()))
+            }
+            _ => path == self.spec.path,
+        }
+    }
+
     /// Takes up the size that the raw image's file has now, after somebody made it larger, and tells the guest. Returns
     /// the size in bytes. Takes the handler if there is one.
     ///
@@ -136,9 +177,6 @@ impl Block {
         let name = new.path.display();
         if new.readonly != self.spec.readonly || new.block_size() != self.spec.block_size() {
             bail!("{name}: readonly and block-size= of a drive stay as they were at the start: say them like that");
-        }
-        if new.path == self.spec.path && !new.readonly && self.spec.overlay.is_none() {
-            bail!("{name} is in the drive already");
         }
         // What belongs to the drive stays, its queues above all: the engine has a place for each of their requests.
         let BlockSpec { id, queues, serial, cache, rate, burst, ops, ops_burst, on_full, .. } = self.spec.clone();

@@ -12,7 +12,7 @@ use std::path::Path;
 use anyhow::{Context as _, bail};
 
 use super::job::{Job, Op};
-use super::spec::BlockSpec;
+use super::spec::{BlockSpec, Opened};
 use super::sys;
 
 /// The first bytes of a qcow2 image.
@@ -35,8 +35,8 @@ pub(super) struct Raw {
 impl Raw {
     pub(super) fn open(spec: &BlockSpec) -> anyhow::Result<Self> {
         let name = spec.path.display();
-        let file = open_locked(&spec.path, !spec.readonly, spec.direct)?;
-        if spec.format.is_none() && has_magic(&spec.path)? {
+        let file = open_locked((&spec.path, spec.opened.as_ref()), !spec.readonly, spec.direct)?;
+        if spec.format.is_none() && has_magic(&file, &spec.path)? {
             bail!(
                 "{name} is a qcow2 image: say format=qcow2, or format=raw if the guest is to see the file byte for byte"
             );
@@ -112,17 +112,30 @@ const PAGE: usize = 4096;
 #[repr(align(4096))]
 struct Page([u8; PAGE]);
 
-/// Opens an image, which is a file or a block device, and locks it.
-pub(super) fn open_locked(path: &Path, write: bool, direct: bool) -> anyhow::Result<File> {
+/// Opens an image, which is a file or a block device, and locks it. One that somebody has opened must be open for what
+/// is wanted of it.
+pub(super) fn open_locked(image: (&Path, Option<&Opened>), write: bool, direct: bool) -> anyhow::Result<File> {
+    let (path, opened) = image;
     let name = path.display();
     let direct = if direct { libc::O_DIRECT } else { 0 };
-    let file = OpenOptions::new()
-        .read(true)
-        .write(write)
-        // A pipe is refused below, and opening one shall not wait for its other end.
-        .custom_flags(direct | libc::O_NONBLOCK | libc::O_NOCTTY)
-        .open(path)
-        .map_err(|error| explain(error, path, write, direct != 0))?;
+    let file = match opened {
+        Some(Opened(file)) => {
+            let (readable, writable) =
+                sys::access(file).with_context(|| format!("Cannot examine the disk image {name}"))?;
+            if !readable || (write && !writable) {
+                let missing = if readable { "writing, which the drive is for" } else { "reading" };
+                bail!("The descriptor of the disk image {name} is not open for {missing}: open it for both");
+            }
+            file.try_clone().with_context(|| format!("Cannot duplicate the descriptor of the disk image {name}"))?
+        }
+        None => OpenOptions::new()
+            .read(true)
+            .write(write)
+            // A pipe is refused below, and opening one shall not wait for its other end.
+            .custom_flags(direct | libc::O_NONBLOCK | libc::O_NOCTTY)
+            .open(path)
+            .map_err(|error| explain(error, path, write, direct != 0))?,
+    };
     let kind = file.metadata().with_context(|| format!("Cannot examine the disk image {name}"))?.file_type();
     if !kind.is_file() && !kind.is_block_device() {
         bail!("{name} is neither a file nor a block device: name one of these as the disk image");
@@ -179,13 +192,10 @@ fn size(file: &File, path: &Path, block_size: u32) -> anyhow::Result<u64> {
     Ok(size)
 }
 
-/// Whether the file begins like a qcow2 image. Through a descriptor of its own, which needs no alignment.
-fn has_magic(path: &Path) -> anyhow::Result<bool> {
-    let mut magic = [0; 4];
-    let file = File::open(path).with_context(|| format!("Cannot open the disk image {}", path.display()))?;
-    match file.read_exact_at(&mut magic, 0) {
-        Ok(()) => Ok(magic == QCOW2_MAGIC),
-        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(false),
-        Err(error) => Err(error).with_context(|| format!("Cannot read the disk image {}", path.display())),
-    }
+/// Whether the file begins like a qcow2 image.
+fn has_magic(file: &File, path: &Path) -> anyhow::Result<bool> {
+    let mut page = Page([0; PAGE]);
+    let read = file.read_at(&mut page.0, 0);
+    read.with_context(|| format!("Cannot read the disk image {}", path.display()))?;
+    Ok(page.0.starts_with(&QCOW2_MAGIC))
 }

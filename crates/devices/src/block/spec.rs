@@ -1,7 +1,9 @@
 //! A disk as asked for, and what can be refused before any file is opened.
 
 use std::ffi::OsStr;
+use std::fs::File;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use anyhow::bail;
 use kv::Size;
@@ -57,7 +59,23 @@ pub struct BlockSpec {
     /// When the host's disk is full: wait (until there is room) or error (the guest gets an I/O error)
     #[arg(value_parser = kv::from_str::<OnFull>)]
     pub on_full: OnFull,
+    /// The image, opened by somebody who may; then `path` is only what it is called
+    #[arg(skip)]
+    #[serde(skip)]
+    pub opened: Option<Opened>,
 }
+
+/// An open file, which is equal to itself alone.
+#[derive(Clone, Debug)]
+pub struct Opened(pub Arc<File>);
+
+impl PartialEq for Opened {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+impl Eq for Opened {}
 
 /// How an image is laid out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -86,6 +86,20 @@ pub(super) fn set_flags(file: &File, flags: libc::c_int) -> io::Result<()> {
     }
 }
 
+/// Whether a descriptor can be read from, and whether it can be written to.
+pub(super) fn access(file: &File) -> io::Result<(bool, bool)> {
+    // SAFETY: no memory is passed.
+    match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETFL) } {
+        -1 => Err(io::Error::last_os_error()),
+        // Which has no file behind it that could be used.
+        flags if flags & libc::O_PATH != 0 => Ok((false, false)),
+        flags => {
+            let mode = flags & libc::O_ACCMODE;
+            Ok((mode != libc::O_WRONLY, mode != libc::O_RDONLY))
+        }
+    }
+}
+
 /// What `O_DIRECT` asks for: the alignment in memory and in the file. Where the kernel does not say, one page is right.
 pub(super) fn direct_alignment(file: &File) -> (u32, u32) {
     // SAFETY: a statx is plain numbers, for which zero is a value.

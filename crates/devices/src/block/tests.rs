@@ -4,7 +4,7 @@
 use super::*;
 use std::fs::{self, File, OpenOptions};
 use std::os::fd::AsRawFd as _;
-use std::os::unix::fs::MetadataExt as _;
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -521,13 +521,52 @@ fn a_file_that_has_grown_is_a_larger_disk_when_asked_for() {
 }
 
 #[test]
+fn the_image_in_the_drive_is_known_again_whatever_it_is_called_and_however_it_comes() {
+    let folder = folder();
+    let path = raw_image(&folder, SIZE);
+    let link = folder.path().join("link");
+    std::os::unix::fs::symlink(&path, &link).unwrap();
+    let mut block = Block::open(&spec(path.clone())).unwrap();
+    let file = OpenOptions::new().read(true).write(true).open(&path).unwrap();
+    let opened = Opened(Arc::new(file.try_clone().unwrap()));
+    for (size, name, opened) in [(2, &path, None), (3, &link, None), (4, &folder.path().join("x"), Some(opened))] {
+        file.set_len(size * SIZE).unwrap();
+        block.change(name, opened, None).unwrap();
+        assert_eq!((block.capacity, &block.spec().path), (size * SIZE, &path));
+    }
+    // Another file of the same name is another medium.
+    fs::remove_file(&path).unwrap();
+    raw_image(&folder, 5 * SIZE);
+    block.change(&path, None, None).unwrap();
+    assert_eq!(block.capacity, 5 * SIZE);
+}
+
+#[test]
+fn an_image_that_was_opened_in_the_wrong_way_is_refused_and_in_the_right_way_is_locked() {
+    let (first, second) = (folder(), folder());
+    let (old, new) = (raw_image(&first, SIZE), raw_image(&second, SIZE));
+    let mut block = Block::open(&spec(old)).unwrap();
+    let mut change = |options: &mut OpenOptions| {
+        let opened = Opened(Arc::new(options.open(&new).unwrap()));
+        block.change(Path::new("label"), Some(opened), None).map_err(|error| format!("{error:#}"))
+    };
+    assert!(change(OpenOptions::new().read(true)).unwrap_err().contains("not open for writing"));
+    assert!(change(OpenOptions::new().write(true)).unwrap_err().contains("not open for reading"));
+    assert!(change(OpenOptions::new().read(true).custom_flags(libc::O_PATH)).unwrap_err().contains("not open for"));
+    change(OpenOptions::new().read(true).append(true)).unwrap();
+    assert!(format!("{:#}", Block::open(&spec(new.clone())).err().unwrap()).contains("locked"));
+    // It was opened to append, and is written to where the guest says.
+    assert_eq!(put(&mut start(block), OUT, 0, &[1; 512]), 0);
+    assert_eq!(fs::read(&new).unwrap()[..512], [1; 512]);
+}
+
+#[test]
 fn a_medium_of_another_kind_is_refused_and_the_old_one_stays() {
     let folder = folder();
     let path = raw_image(&folder, SIZE);
     let mut block = Block::open(&spec(path.clone())).unwrap();
-    let readonly = BlockSpec { readonly: true, ..spec(path.clone()) };
+    let readonly = BlockSpec { readonly: true, ..spec(path) };
     assert!(format!("{:#}", block.change_medium(&readonly, None).unwrap_err()).contains("stay as they were"));
-    assert!(format!("{:#}", block.change_medium(&spec(path), None).unwrap_err()).contains("already"));
     assert!(block.change_medium(&spec(folder.path().join("none")), None).is_err());
     assert_eq!(get(&mut start(block), IN, 0, 512).1, 0);
 }

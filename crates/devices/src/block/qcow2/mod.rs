@@ -26,7 +26,7 @@ use vm_memory::VolatileSlice;
 
 use super::job::{Job, Op};
 use super::raw::open_locked;
-use super::spec::{BlockSpec, Format};
+use super::spec::{BlockSpec, Format, Opened};
 use super::sys;
 
 type Layer = imago::qcow2::Qcow2<Storage, Arc<FormatAccess<Storage>>>;
@@ -45,7 +45,7 @@ pub(super) struct Qcow2 {
 impl Qcow2 {
     /// Opens what `spec` names: a qcow2 image, or an overlay over an image of either format.
     pub(super) fn open(spec: &BlockSpec) -> anyhow::Result<Self> {
-        let mut chain = Chain::default();
+        let mut chain = Chain { opened: spec.opened.clone(), ..Chain::default() };
         sys::ignore_file_size_signal();
         let access = match &spec.overlay {
             None => {
@@ -122,7 +122,11 @@ fn volatile(job: &Job) -> Vec<VolatileSlice<'_>> {
 
 /// The images that have been opened for one disk, by device and inode.
 #[derive(Default)]
-struct Chain(HashSet<(u64, u64)>);
+struct Chain {
+    seen: HashSet<(u64, u64)>,
+    /// The first of them, if somebody has opened it.
+    opened: Option<Opened>,
+}
 
 impl Chain {
     /// The image below an overlay, which is only read.
@@ -175,7 +179,7 @@ impl Chain {
 
     /// Opens a file for the first and only time.
     fn file(&mut self, path: &Path, write: bool) -> anyhow::Result<File> {
-        let file = open_locked(path, write, false)?;
+        let file = open_locked((path, self.opened.take().as_ref()), write, false)?;
         self.add(&file, path)?;
         Ok(file)
     }
@@ -183,12 +187,12 @@ impl Chain {
     fn add(&mut self, file: &File, path: &Path) -> anyhow::Result<()> {
         let name = path.display();
         let metadata = file.metadata().with_context(|| format!("Cannot examine the disk image {name}"))?;
-        if !self.0.insert((metadata.dev(), metadata.ino())) {
+        if !self.seen.insert((metadata.dev(), metadata.ino())) {
             bail!(
                 "{name} is, by way of its backing images, its own backing image: name an image whose chain has an end"
             );
         }
-        if self.0.len() > DEEPEST {
+        if self.seen.len() > DEEPEST {
             bail!("{name} is the {DEEPEST}th backing image of a chain: merge some of them with `qemu-img commit`");
         }
         Ok(())
@@ -255,7 +259,7 @@ fn open_overlay(
         }
         other => drop(other.with_context(|| format!("Cannot make the overlay {name}: choose another path"))?),
     }
-    let file = open_locked(overlay, true, false)?;
+    let file = open_locked((overlay, None), true, false)?;
     if !keep {
         // Its name goes at once, so that however this process ends, the file goes with it.
         fs::remove_file(overlay).with_context(|| format!("Cannot unlink the overlay {name}"))?;
