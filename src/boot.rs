@@ -9,11 +9,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
+use api::Server;
 use boot::cache::Cache;
 use devices::console::Console;
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use kvm::Host;
-use machine::{BootTimer, ConfigError, OnEnd, Outcome, Paused, Running, Surroundings, VmConfig};
+use machine::{
+    BootTimer, ConfigError, ControlError, ControlRequest, Live, OnEnd, Outcome, Paused, Surroundings, VmConfig,
+};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::exit::{Usage, code_of_outcome, code_of_signal};
@@ -25,15 +28,17 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// How long the end of the guest's output waits for a reader that has stopped.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
-/// Boots what `config` describes. Returns when the guest has ended for good.
-pub(crate) fn boot(config: &VmConfig, start: Instant) -> anyhow::Result<ExitCode> {
+/// Boots what `config` describes, and listens at `api_socket` for what is asked of it. Returns when the guest has ended
+/// for good.
+pub(crate) fn boot(config: &VmConfig, api_socket: Option<&Path>, start: Instant) -> anyhow::Result<ExitCode> {
+    let mut config = config.clone();
     let timer = Arc::new(BootTimer::new(start));
-    let name = config.name.as_deref().unwrap_or("vmm");
+    let name = config.name.clone().unwrap_or_else(|| "vmm".into());
     // What the process list shows; the kernel keeps fifteen bytes of it.
-    std::fs::write("/proc/self/comm", name).context("Cannot name the process")?;
+    std::fs::write("/proc/self/comm", &name).context("Cannot name the process")?;
     let host = Host::open(Path::new(Host::DEVICE)).map_err(ConfigError::from)?;
     let cache = if config.no_kernel_cache { None } else { Cache::of_user() };
-    let mut main_loop = MainLoop::new(config)?;
+    let mut main_loop = MainLoop::new(&config, api_socket)?;
     loop {
         let paused = {
             let console = main_loop.console.borrow();
@@ -44,19 +49,22 @@ pub(crate) fn boot(config: &VmConfig, start: Instant) -> anyhow::Result<ExitCode
                 timer: &timer,
                 ended: &main_loop.ended,
             };
-            Paused::build(config, &around)?
+            Paused::build(&config, &around)?
         };
         main_loop.claim_console();
         timer.mark("first-instruction");
-        let mut running = paused.resume()?;
+        let mut machine = Live::new(paused, config);
+        machine.perform(ControlRequest::Start)?;
         trim::drop_startup_pages();
-        let end = main_loop.run(&running)?;
-        let outcome = running.finish();
+        let end = main_loop.run(&mut machine)?;
+        let outcome = machine.finish();
+        // With what has been changed since its start.
+        config = machine.config().clone();
         if config.boot_timer {
             eprint!("{}", timer.report());
         }
         if let (End::Guest, Some(outcome)) = (&end, &outcome)
-            && main_loop.restarts(config, outcome)
+            && main_loop.restarts(&config, outcome)
         {
             log::info!("{outcome}: starting a new machine");
             continue;
@@ -64,9 +72,9 @@ pub(crate) fn boot(config: &VmConfig, start: Instant) -> anyhow::Result<ExitCode
         // The kernel takes a whole process apart faster than we would take the machine apart. Devices finish first: what a
         // guest has flushed is safe anyway, what it has not need not be lost.
         if config.devices.is_empty() {
-            std::mem::forget(running);
+            std::mem::forget(machine);
         } else {
-            drop(running);
+            drop(machine);
         }
         match (end, outcome) {
             (_, Some(outcome)) => {
@@ -108,13 +116,14 @@ enum End {
     Signal(u8),
 }
 
-/// The main thread's loop: the console, signals, and the end of the guest.
+/// The main thread's loop: the console, signals, requests, and the end of the guest.
 struct MainLoop {
     events: EventManager<Rc<RefCell<dyn MutEventSubscriber>>>,
     console: Rc<RefCell<Console>>,
     /// The console is part of the loop, and its terminal raw, only once a machine has been built.
     claimed: bool,
     signals: Rc<RefCell<Signals>>,
+    server: Option<Server>,
     quit: Arc<AtomicBool>,
     /// Written when a guest has ended.
     ended: EventFd,
@@ -123,7 +132,7 @@ struct MainLoop {
 }
 
 impl MainLoop {
-    fn new(config: &VmConfig) -> anyhow::Result<Self> {
+    fn new(config: &VmConfig, api_socket: Option<&Path>) -> anyhow::Result<Self> {
         let quit = Arc::new(AtomicBool::new(false));
         let asked = quit.clone();
         let spec = config.serial.clone().unwrap_or_default();
@@ -139,10 +148,14 @@ impl MainLoop {
         let mut events: EventManager<Rc<RefCell<dyn MutEventSubscriber>>> =
             EventManager::new().map_err(|error| anyhow::anyhow!("Cannot make an event loop: {error}"))?;
         events.add_subscriber(signals.clone());
-        let wake = ended.try_clone().context("Cannot duplicate an eventfd")?;
-        events.add_subscriber(Rc::new(RefCell::new(Wake(wake))));
+        // Its thread is to have the signals blocked, too.
+        let server = api_socket.map(Server::listen).transpose().map_err(|error| Usage(format!("{error:#}")))?;
+        for wake in [&ended].into_iter().chain(server.as_ref().map(Server::called)) {
+            let wake = wake.try_clone().context("Cannot duplicate an eventfd")?;
+            events.add_subscriber(Rc::new(RefCell::new(Wake(wake))));
+        }
         let console = Rc::new(RefCell::new(console));
-        Ok(Self { events, console, claimed: false, signals, quit, ended, stopping: None })
+        Ok(Self { events, console, claimed: false, signals, server, quit, ended, stopping: None })
     }
 
     fn claim_console(&mut self) {
@@ -153,9 +166,13 @@ impl MainLoop {
     }
 
     /// Runs until the guest ends, or is to be ended.
-    fn run(&mut self, running: &Running) -> anyhow::Result<End> {
+    fn run(&mut self, machine: &mut Live) -> anyhow::Result<End> {
         loop {
-            if running.has_ended() {
+            // One in each turn, so that clients keep neither signals nor the console waiting.
+            if let Some(call) = self.server.as_ref().and_then(Server::next_call) {
+                call.answer(|request| machine.perform(request));
+            }
+            if machine.has_ended() {
                 return Ok(End::Guest);
             }
             if self.quit.load(Ordering::Relaxed) {
@@ -163,7 +180,7 @@ impl MainLoop {
             }
             let arrived = self.signals.borrow_mut().take();
             for signal in arrived {
-                if let Some(end) = self.on_signal(signal, running) {
+                if let Some(end) = self.on_signal(signal, machine)? {
                     return Ok(end);
                 }
             }
@@ -178,21 +195,27 @@ impl MainLoop {
         }
     }
 
-    fn on_signal(&mut self, signal: i32, running: &Running) -> Option<End> {
+    fn on_signal(&mut self, signal: i32, machine: &mut Live) -> Result<Option<End>, ControlError> {
         match signal {
             libc::SIGTSTP => self.console.borrow_mut().suspend(),
             libc::SIGCONT => self.console.borrow_mut().resume(),
             signal => {
                 let signal = u8::try_from(signal).expect("signals have small numbers");
                 if self.stopping.is_some() {
-                    return Some(End::Signal(signal));
+                    return Ok(Some(End::Signal(signal)));
                 }
                 log::info!("signal {signal}: pressing the guest's power button");
-                running.press_power_button();
+                // A paused guest would not hear it.
+                for request in [ControlRequest::Resume, ControlRequest::PressPowerButton] {
+                    match machine.perform(request) {
+                        Ok(_) | Err(ControlError::Ended) => {}
+                        Err(error) => return Err(error),
+                    }
+                }
                 self.stopping = Some((signal, Instant::now() + PATIENCE));
             }
         }
-        None
+        Ok(None)
     }
 
     /// Whether a guest that ended like this is followed by a new machine.
@@ -211,7 +234,7 @@ impl MainLoop {
     }
 }
 
-/// Wakes the loop up; what for is seen elsewhere.
+/// Wakes the loop up, once for each event where the descriptor is a semaphore; what for is seen elsewhere.
 struct Wake(EventFd);
 
 impl MutEventSubscriber for Wake {

@@ -18,7 +18,7 @@ use sha2::{Digest, Sha256};
 use support::guest::Guest;
 use support::machine::MIB;
 use support::packet::{HEADER, Packets};
-use support::process::Ended;
+use support::process::{Ended, Vmm};
 use support::tiny::Code;
 use support::until;
 use tempfile::TempDir;
@@ -430,4 +430,87 @@ fn a_card_without_rights_has_an_address_by_dhcp_and_reaches_the_host() {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
     receive_from(&mut guest, &listener, router, 1);
     guest.end("poweroff -f").assert(0, "the guest powered off");
+}
+
+/// A machine, controlled through its socket.
+struct Ctl(String);
+
+impl Ctl {
+    /// What `vmm ctl` prints where all is well.
+    #[track_caller]
+    fn ask(&self, words: &[&str]) -> String {
+        let ended = Vmm::new(["ctl", &self.0]).args(words).run();
+        assert_eq!((ended.code, ended.stderr.as_str()), (Some(0), ""), "{words:?}: {ended:#?}");
+        ended.stdout
+    }
+
+    /// One of the numbers that the guest's balloon tells.
+    fn statistic(&self, name: &str) -> Option<u64> {
+        let statistics = self.ask(&["balloon", "stats"]);
+        let mut lines = statistics.lines().filter_map(|line| line.split_once(' '));
+        lines.find(|(other, _)| *other == name).map(|(_, number)| number.parse().expect("a number"))
+    }
+}
+
+#[test]
+fn a_guest_sees_what_is_done_to_its_machine_through_the_control_socket() {
+    let folder = Folder::new();
+    let (disk, old, new) = (folder.image("disk.img", 8 * MIB), folder.image("old.img", MIB), folder.text("new.img"));
+    let ctl = Ctl(folder.text("socket"));
+    let (drive, balloon) = (format!("{old},id=tray,readonly"), "stats-interval=1");
+    let mut guest = boot(&["--api-socket", &ctl.0, "--disk", &disk, "--disk", &drive, "--balloon", balloon]);
+
+    let sectors = |guest: &mut Guest, disk| guest.number(&format!("cat /sys/block/{disk}/size"));
+    fs::File::options().write(true).open(&disk).and_then(|file| file.set_len(16 * MIB)).expect("it is there");
+    ctl.ask(&["drive", "disk", "--resize"]);
+    until("the disk has grown", || sectors(&mut guest, "vda") == 16 * MIB / 512);
+    pattern_in(&mut guest, 1);
+    guest.ask("head -c 65536 /tmp/1 | dd of=/dev/vda bs=64k seek=255 conv=fsync 2>/dev/null");
+    assert_eq!(read_at(&disk, 16 * MIB - 65536, 65536), pattern(1)[..65536]);
+
+    let content = [pattern(7), vec![0; 512 - pattern(7).len() % 512]].concat();
+    fs::write(&new, &content).expect("there is room for files");
+    ctl.ask(&["drive", "tray", "--path", &new]);
+    until("the medium has another size", || sectors(&mut guest, "vdb") == content.len() as u64 / 512);
+    guest.ask("echo 3 > /proc/sys/vm/drop_caches");
+    assert_eq!(guest.ask("sha256sum < /dev/vdb"), format!("{}  -", sum(&content)));
+    try_devices(&["--disk", &old]).assert(0, "the guest powered off");
+
+    assert_balloon_follows(&mut guest, &ctl);
+    assert_stands_still(&mut guest, &ctl);
+    guest.ask("power-button");
+    ctl.ask(&["power-button"]);
+    guest.vmm.wait().assert(0, "the guest powered off");
+    assert!(!Path::new(&ctl.0).exists(), "the socket is removed at the end");
+}
+
+fn assert_balloon_follows(guest: &mut Guest, ctl: &Ctl) {
+    let total = |guest: &mut Guest| guest.number("sed -n 's/MemTotal: *//;s/ kB//p;q' /proc/meminfo") >> 10;
+    let before = total(guest);
+    ctl.ask(&["balloon", "64M"]);
+    until("the balloon is full", || ctl.statistic("actual_mib") == Some(64));
+    assert_eq!(total(guest), before - 64);
+    until("the guest tells of its memory", || {
+        ctl.statistic("total_memory").is_some_and(|bytes| bytes >> 20 == before - 64)
+    });
+    assert!(ctl.statistic("free_memory").is_some_and(|bytes| (MIB..256 * MIB).contains(&bytes)));
+    ctl.ask(&["balloon", "0"]);
+    until("the balloon is empty", || ctl.statistic("actual_mib") == Some(0));
+    assert_eq!(total(guest), before);
+}
+
+/// A paused guest does nothing, and when it goes on it has missed nothing.
+fn assert_stands_still(guest: &mut Guest, ctl: &Ctl) {
+    ctl.ask(&["pause"]);
+    assert!(guest.vmm.thread_names().iter().all(|name| !name.starts_with("vcpu-")));
+    guest.tell("echo A''LIVE");
+    for _ in 0..20 {
+        assert!(ctl.ask(&["status"]).contains("state Paused\n"));
+    }
+    assert!(!guest.vmm.stdout().text(0).contains("ALIVE"));
+    ctl.ask(&["resume"]);
+    guest.wait_for("ALIVE");
+    guest.wait_for("=0=\r\n");
+    assert_eq!(guest.ask("dmesg | grep -iE 'lockup|stall|BUG:' || true"), "");
+    guest.ask("dd if=/dev/vda of=/dev/null bs=64k count=16 2>/dev/null");
 }

@@ -23,7 +23,7 @@ use crate::{apt, assets, setup};
 /// Seconds that one test executable may take; the slowest takes some three minutes on an idle machine.
 const TIME_LIMIT: u64 = 12 * 60;
 /// Those whose guests are a few instructions long, which any KVM can run.
-const ANY_KVM: [&str; 3] = ["bad_devices", "bad_input", "tiny"];
+const ANY_KVM: [&str; 4] = ["bad_devices", "bad_input", "control", "tiny"];
 /// Those whose guests have several processors, which do not get on with an emulated host that has one.
 const SEVERAL_PROCESSORS: [&str; 1] = ["smp"];
 /// How many tests that boot guests run at a time in one executable: each guest keeps a processor busy.

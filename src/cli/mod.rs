@@ -1,5 +1,6 @@
 //! The command line: flags, subcommands and their help.
 
+mod ctl;
 mod file;
 
 use std::ffi::OsString;
@@ -43,6 +44,10 @@ struct BootArgs {
     #[arg(long, value_name = "PATH", help_heading = "The machine")]
     config: Option<PathBuf>,
 
+    /// A Unix socket at which the machine is controlled while it runs, by vmm ctl or as Firecracker is
+    #[arg(long, value_name = "PATH", help_heading = "The machine")]
+    api_socket: Option<PathBuf>,
+
     /// What is logged: off, error, warn, info, debug or trace
     #[arg(long, value_name = "LEVEL", default_value = "warn", help_heading = "The log")]
     log_level: LevelFilter,
@@ -60,6 +65,8 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Controls a machine that runs, through its --api-socket
+    Ctl(ctl::CtlArgs),
     /// Prints a shell's completion script
     Completions {
         /// The shell
@@ -81,15 +88,16 @@ pub(crate) fn run(start: Instant) -> anyhow::Result<ExitCode> {
     };
     match command {
         None => {
-            let BootArgs { machine, config, log_level, log_file } = boot;
+            let BootArgs { machine, config, api_socket, log_level, log_file } = boot;
             crate::logger::start(log_level, log_file.as_deref())?;
             let machine = match config {
                 Some(path) => machine.over(file::read(&path)?),
                 None => machine,
             };
-            crate::boot::boot(&machine, start)
+            crate::boot::boot(&machine, api_socket.as_deref(), start)
         }
         Some(Command::Check { json }) => Ok(crate::check::run(json)),
+        Some(Command::Ctl(args)) => ctl::run(&args),
         Some(Command::Completions { shell }) => {
             clap_complete::generate(shell, &mut command_with_help(), "vmm", &mut std::io::stdout());
             Ok(ExitCode::SUCCESS)
