@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::path::PathBuf;
 
-use devices::{DeviceReply, DeviceRequest};
+use devices::DeviceRequest;
 use kv::Size;
 use machine::{ControlError, ControlReply, ControlRequest};
 use serde::de::DeserializeOwned;
@@ -91,17 +91,6 @@ pub(crate) fn respond(result: Result<ControlReply, ControlError>, render: Render
         Err(error @ (ControlError::State(_) | ControlError::Device(_))) => Response::fault(400, &error.to_string()),
         Err(error @ ControlError::Ended) => Response::fault(503, &error.to_string()),
         Err(ControlError::Host(error)) => Response::fault(500, &format!("{error:#}")),
-    }
-}
-
-/// What a request for a device gives.
-pub(crate) fn device_reply(reply: DeviceReply) -> Response {
-    match reply {
-        DeviceReply::Done => Response::DONE,
-        DeviceReply::Balloon(spec) => Response::ok(schema::balloon(&spec)),
-        DeviceReply::BalloonStatistics { target, actual, of_guest } => {
-            Response::ok(schema::balloon_statistics(target, actual, of_guest))
-        }
     }
 }
 

@@ -4,11 +4,11 @@
 
 use std::path::Path;
 
-use devices::Devices;
 use devices::balloon::BalloonSpec;
 use devices::block::{BlockSpec, Cache};
 use devices::net::NetSpec;
 use devices::vsock::VsockSpec;
+use devices::{DeviceReply, Devices};
 use kv::Size;
 use machine::{ControlReply, State, VmConfig};
 use memory::HugePages;
@@ -16,7 +16,6 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use crate::http::Response;
-use crate::route::device_reply;
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 const PAGE: u64 = 4096;
@@ -83,6 +82,17 @@ pub(crate) fn reply(reply: ControlReply) -> Response {
         ControlReply::Description(name, state) => Response::ok(description(name.as_deref(), state)),
         ControlReply::Config(config) => Response::ok(vm_config(&config)),
         ControlReply::Device(reply) => device_reply(reply),
+    }
+}
+
+/// What a request for a device gives.
+fn device_reply(reply: DeviceReply) -> Response {
+    match reply {
+        DeviceReply::Done => Response::DONE,
+        DeviceReply::Balloon(spec) => Response::ok(balloon(&spec)),
+        DeviceReply::BalloonStatistics { target, actual, of_guest } => {
+            Response::ok(balloon_statistics(target, actual, of_guest))
+        }
     }
 }
 

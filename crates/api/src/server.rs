@@ -183,9 +183,9 @@ impl Loop {
         }
     }
 
-    /// Lets in who waits.
+    /// Lets in who waits, as many as there are places: the rest have another turn.
     fn accept(&mut self) {
-        loop {
+        for _ in 0..MOST_CONNECTIONS {
             let stream = match self.listener.accept() {
                 Ok((stream, _)) => stream,
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return,

@@ -37,7 +37,7 @@ pub struct Wiring {
 /// device's I/O thread, which has no lock of the transport's: never for the guest.
 pub type Handle<D> = Arc<dyn Access<D>>;
 
-/// A transport that has a device. Use it by way of [`with`](trait.Access.html#method.with).
+/// A transport that has a device, which is reached by `with`.
 pub trait Access<D: VirtioDevice>: Send + Sync {
     /// Calls `f` once; see [`Core::control`].
     fn control(&self, f: Control<'_, D>);
