@@ -125,14 +125,15 @@ fn vm_config(config: &VmConfig) -> Value {
     });
     all.insert("boot-source".into(), boot_source);
     all.insert("machine-config".into(), machine_config(config));
-    let Devices { disk, net, vsock, balloon, .. } = &config.devices;
+    let Devices { disk, net, rng, vsock, balloon, .. } = &config.devices;
     // Those with a place in the schema have it; the rest follow as they are described.
     if let Ok(Value::Object(devices)) = serde_json::to_value(&config.devices) {
-        let known = ["disk", "net", "vsock", "balloon"];
+        let known = ["disk", "net", "rng", "vsock", "balloon"];
         all.extend(devices.into_iter().filter(|(name, _)| !known.contains(&name.as_str())));
     }
     all.insert("drives".into(), disk.iter().map(drive).collect());
     all.insert("network-interfaces".into(), net.iter().map(network_interface).collect());
+    all.insert("entropy".into(), rng.first().map_or(Value::Null, |spec| json!({ "id": spec.id() })));
     all.insert("vsock".into(), vsock.first().map_or(Value::Null, self::vsock));
     all.insert("balloon".into(), balloon.first().map_or(Value::Null, self::balloon));
     Value::Object(all)
