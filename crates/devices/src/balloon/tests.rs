@@ -179,3 +179,17 @@ fn what_cannot_be_is_refused_with_the_way_out() {
     let spec: BalloonSpec = kv::from_str("64M,id=b0,deflate-on-oom").unwrap();
     assert_eq!((spec.size, spec.id(), spec.deflate_on_oom), (Size(64 << 20), "b0", true));
 }
+
+#[test]
+fn another_interval_for_reports_holds_at_once() {
+    let mut guest = boot("stats-interval=4000000");
+    guest.send(STATISTICS, &[&[0; 10]], &[]);
+    control(&mut guest, |balloon, handler| balloon.set_interval(1, handler)).unwrap();
+    // The buffer comes back when the device wants the next report.
+    guest.collect(STATISTICS);
+    let refused = control(&mut guest, |balloon, handler| balloon.set_interval(0, handler)).unwrap_err();
+    assert!(refused.to_string().contains("1 or more"), "{refused}");
+    assert_eq!(control(&mut guest, |balloon, _| balloon.spec().stats_interval), Some(1));
+    let refused = control(&mut boot(""), |balloon, handler| balloon.set_interval(1, handler)).unwrap_err();
+    assert!(refused.to_string().contains("stats-interval"), "{refused}");
+}
