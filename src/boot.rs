@@ -11,14 +11,14 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use api::Server;
 use boot::cache::Cache;
-use devices::console::Console;
-use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
+use event_manager::{EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use kvm::Host;
 use machine::{
     BootTimer, ConfigError, ControlError, ControlRequest, Live, OnEnd, Outcome, Paused, Surroundings, VmConfig,
 };
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use crate::consoles::{Consoles, EventLoop};
 use crate::exit::{Usage, code_of_outcome, code_of_signal};
 use crate::signals::Signals;
 use crate::trim;
@@ -41,17 +41,19 @@ pub(crate) fn boot(config: &VmConfig, api_socket: Option<&Path>, start: Instant)
     let mut main_loop = MainLoop::new(&config, api_socket)?;
     loop {
         let paused = {
-            let console = main_loop.console.borrow();
+            let serial = main_loop.consoles.serial.borrow();
+            let virtio = main_loop.consoles.virtio.as_ref().map(|console| console.borrow());
             let around = Surroundings {
                 host: &host,
-                console: &console,
+                console: &serial,
+                virtio_console: virtio.as_deref(),
                 cache: cache.as_ref(),
                 timer: &timer,
                 ended: &main_loop.ended,
             };
             Paused::build(&config, &around)?
         };
-        main_loop.claim_console();
+        main_loop.consoles.claim(&mut main_loop.events);
         timer.mark("first-instruction");
         let mut machine = Live::new(paused, config);
         machine.perform(ControlRequest::Start)?;
@@ -116,12 +118,10 @@ enum End {
     Signal(u8),
 }
 
-/// The main thread's loop: the console, signals, requests, and the end of the guest.
+/// The main thread's loop: the consoles, signals, requests, and the end of the guest.
 struct MainLoop {
-    events: EventManager<Rc<RefCell<dyn MutEventSubscriber>>>,
-    console: Rc<RefCell<Console>>,
-    /// The console is part of the loop, and its terminal raw, only once a machine has been built.
-    claimed: bool,
+    events: EventLoop,
+    consoles: Consoles,
     signals: Rc<RefCell<Signals>>,
     server: Option<Server>,
     quit: Arc<AtomicBool>,
@@ -135,18 +135,12 @@ impl MainLoop {
     fn new(config: &VmConfig, api_socket: Option<&Path>) -> anyhow::Result<Self> {
         let quit = Arc::new(AtomicBool::new(false));
         let asked = quit.clone();
-        let spec = config.serial.clone().unwrap_or_default();
-        let console = Console::open(&spec, Box::new(move || asked.store(true, Ordering::Relaxed)))
-            .map_err(|error| Usage(format!("{error:#}")))?;
-        if let Some(place) = console.describe() {
-            eprintln!("vmm: the serial console is {place}");
-        }
+        let consoles = Consoles::open(config, move || asked.store(true, Ordering::Relaxed))?;
         let signals = Signals::block().context("Cannot receive signals")?;
         kvm::install_kick_handler()?;
         let signals = Rc::new(RefCell::new(signals));
         let ended = EventFd::new(EFD_NONBLOCK).context("Cannot make an eventfd")?;
-        let mut events: EventManager<Rc<RefCell<dyn MutEventSubscriber>>> =
-            EventManager::new().map_err(|error| anyhow::anyhow!("Cannot make an event loop: {error}"))?;
+        let mut events = EventLoop::new().map_err(|error| anyhow::anyhow!("Cannot make an event loop: {error}"))?;
         events.add_subscriber(signals.clone());
         // Its thread is to have the signals blocked, too.
         let server = api_socket.map(Server::listen).transpose().map_err(|error| Usage(format!("{error:#}")))?;
@@ -154,15 +148,7 @@ impl MainLoop {
             let wake = wake.try_clone().context("Cannot duplicate an eventfd")?;
             events.add_subscriber(Rc::new(RefCell::new(Wake(wake))));
         }
-        let console = Rc::new(RefCell::new(console));
-        Ok(Self { events, console, claimed: false, signals, server, quit, ended, stopping: None })
-    }
-
-    fn claim_console(&mut self) {
-        if !self.claimed {
-            self.events.add_subscriber(self.console.clone());
-            self.claimed = true;
-        }
+        Ok(Self { events, consoles, signals, server, quit, ended, stopping: None })
     }
 
     /// Runs until the guest ends, or is to be ended.
@@ -197,8 +183,9 @@ impl MainLoop {
 
     fn on_signal(&mut self, signal: i32, machine: &mut Live) -> Result<Option<End>, ControlError> {
         match signal {
-            libc::SIGTSTP => self.console.borrow_mut().suspend(),
-            libc::SIGCONT => self.console.borrow_mut().resume(),
+            libc::SIGTSTP => self.consoles.suspend(),
+            libc::SIGCONT => self.consoles.resume(),
+            libc::SIGWINCH => self.consoles.resize(),
             signal => {
                 let signal = u8::try_from(signal).expect("signals have small numbers");
                 if self.stopping.is_some() {
@@ -228,9 +215,9 @@ impl MainLoop {
         action == OnEnd::Restart && self.stopping.is_none()
     }
 
-    /// Writes what is left of the guest's output; with the console goes its claim on the terminal.
+    /// Writes what is left of the guest's output; with the consoles goes their claim on the terminal.
     fn finish(self) {
-        self.console.borrow_mut().drain(LAST_WORDS);
+        self.consoles.drain(LAST_WORDS);
     }
 }
 

@@ -3,6 +3,7 @@
 mod boot;
 mod check;
 mod cli;
+mod consoles;
 mod exit;
 mod logger;
 mod signals;

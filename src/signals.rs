@@ -9,7 +9,7 @@ use std::ptr;
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 
 /// The signals that the main loop handles itself.
-const HANDLED: [i32; 5] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGTSTP, libc::SIGCONT];
+const HANDLED: [i32; 6] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGTSTP, libc::SIGCONT, libc::SIGWINCH];
 
 /// Those of [`HANDLED`] that have arrived. Two of one kind may count as one.
 pub(crate) struct Signals {

@@ -72,6 +72,50 @@ fn a_guests_shell_answers_at_a_terminal_which_is_left_as_it_was() {
 }
 
 #[test]
+fn a_virtio_console_takes_keys_and_follows_the_terminals_size_through_a_reboot() {
+    let mut pty = Pty::open();
+    pty.resize(40, 100);
+    let before = pty.modes();
+    let vmm = support::guest::shell("small-bzImage", &["--mem", "64M", "--console", "stdio"]).spawn_at(&pty);
+    let mut seen = 0;
+    // What the guest's shell says of itself: none of it is in what is typed.
+    let mut ask = |pty: &mut Pty, question: &str, answer: &str| {
+        seen = pty.screen.wait_for("guest# ", seen);
+        pty.send(format!("{question}\r"));
+        seen = pty.screen.wait_for(answer, seen);
+    };
+    ask(&mut pty, "cat /sys/class/tty/console/active", "\nhvc0\r");
+    ask(&mut pty, "stty size", "\n40 100\r");
+    pty.resize(50, 132);
+    ask(&mut pty, "until stty size | grep '^50 132$'; do :; done", "\n50 132\r");
+    ask(&mut pty, "reboot -f", "guest");
+    ask(&mut pty, "stty size", "\n50 132\r");
+    pty.send("\x01x");
+    vmm.wait().assert(0, "ended at the console");
+    assert_eq!(pty.modes(), before);
+}
+
+#[test]
+fn two_consoles_are_in_two_places() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("log");
+    let console = format!("file,path={}", path.display());
+    // The guest's init listens at the last console that the kernel is told of.
+    let mut guest = Guest::boot("small-bzImage", &["--mem", "64M", "--console", &console], "console=ttyS0");
+    guest.ask("echo on-$((6*7)) > /dev/hvc0");
+    until("the virtio console is written", || fs::read_to_string(&path).unwrap().contains("on-42"));
+    assert!(!guest.vmm.stdout().text(0).contains("on-42"));
+}
+
+#[test]
+fn consoles_that_cannot_be_had_are_refused_by_name() {
+    let run = |arguments: &[&str]| Code::default().power_off().halt().kernel(&[]).run(arguments, "");
+    run(&["--serial", "stdio", "--console", "stdio"]).assert_refused(&["--serial", "--console", "stdio"]);
+    run(&["--serial", "file,path=/nowhere/log"]).assert_refused(&["serial console", "/nowhere/log"]);
+    run(&["--console", "file,path=/nowhere/log"]).assert_refused(&["virtio console", "/nowhere/log"]);
+}
+
+#[test]
 fn the_terminal_is_restored_however_the_guest_ends() {
     for (key, code) in [("Q", 0), ("R", 3), ("P", 4), ("T", 5), ("I", 6), ("\x01x", 0)] {
         let mut pty = Pty::open();

@@ -126,6 +126,7 @@ fn command_with_help() -> clap::Command {
         ("mem", kv::help::keys::<MemorySpec>()),
         ("cpus", kv::help::keys::<CpusSpec>()),
         ("serial", kv::help::variants::<SerialSpec>()),
+        ("console", kv::help::variants::<SerialSpec>()),
     ]
     .into_iter()
     .chain(Devices::keys());

@@ -8,7 +8,7 @@ use std::process::Stdio;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{Mode, OFlags};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
-use rustix::termios::{LocalModes, OptionalActions, Termios, tcgetattr, tcsetattr};
+use rustix::termios::{LocalModes, OptionalActions, Termios, Winsize, tcgetattr, tcsetattr, tcsetwinsize};
 
 use super::PATIENCE;
 use super::stream::Stream;
@@ -42,6 +42,12 @@ impl Pty {
     /// Types.
     pub(crate) fn send(&mut self, keys: impl AsRef<[u8]>) {
         self.keyboard.write_all(keys.as_ref()).expect("a terminal takes keys");
+    }
+
+    /// Makes its window another size.
+    pub(crate) fn resize(&self, rows: u16, columns: u16) {
+        let size = Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
+        tcsetwinsize(&self.terminal, size).expect("a terminal has a size");
     }
 
     /// Whether every key goes to the program at once, Ctrl-C too.

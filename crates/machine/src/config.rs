@@ -9,6 +9,7 @@ use memory::MemorySpec;
 use serde::{Deserialize, Serialize};
 
 use crate::cpus::CpusSpec;
+use crate::error::ConfigError;
 
 /// One machine, as flags, file and, later, the API describe it. The doc comments are the help.
 ///
@@ -44,6 +45,11 @@ pub struct VmConfig {
     #[arg(long, value_name = "KIND[,…]", value_parser = kv::from_str::<SerialSpec>)]
     #[serde(deserialize_with = "kv::text_or_table")]
     pub serial: Option<SerialSpec>,
+
+    /// A virtio console, and where it goes; with stdio the serial console is off
+    #[arg(long, value_name = "KIND[,…]", value_parser = kv::from_str::<SerialSpec>)]
+    #[serde(deserialize_with = "kv::text_or_table")]
+    pub console: Option<SerialSpec>,
 
     /// The devices
     #[command(flatten)]
@@ -86,6 +92,7 @@ impl VmConfig {
             initrd: self.initrd.or(other.initrd),
             cmdline: self.cmdline.or(other.cmdline),
             serial: self.serial.or(other.serial),
+            console: self.console.or(other.console),
             devices: self.devices.over(other.devices),
             transport: self.transport.or(other.transport),
             name: self.name.or(other.name),
@@ -96,11 +103,25 @@ impl VmConfig {
         }
     }
 
+    /// Where the serial console and the virtio console go. One of them is at the terminal, unless neither is to be.
+    ///
+    /// # Errors
+    ///
+    /// [`ConfigError::TwoConsoles`].
+    pub fn consoles(&self) -> Result<(SerialSpec, SerialSpec), ConfigError> {
+        let virtio = self.console.clone().unwrap_or(SerialSpec::Off);
+        match &self.serial {
+            Some(SerialSpec::Stdio) if virtio == SerialSpec::Stdio => Err(ConfigError::TwoConsoles),
+            None if virtio == SerialSpec::Stdio => Ok((SerialSpec::Off, virtio)),
+            serial => Ok((serial.clone().unwrap_or_default(), virtio)),
+        }
+    }
+
     /// Has the paths of files count from `folder`, where they are relative.
     pub fn resolve(&mut self, folder: &Path) {
         let kernel = self.kernel.iter_mut().map(|kernel| &mut kernel.path);
-        let serial = self.serial.iter_mut().filter_map(SerialSpec::path);
-        for path in kernel.chain(&mut self.initrd).chain(serial).chain(self.devices.paths()) {
+        let consoles = self.serial.iter_mut().chain(&mut self.console).filter_map(SerialSpec::path);
+        for path in kernel.chain(&mut self.initrd).chain(consoles).chain(self.devices.paths()) {
             *path = folder.join(&*path);
         }
     }

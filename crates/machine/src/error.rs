@@ -32,6 +32,9 @@ pub enum ConfigError {
         /// The most that can be had.
         most: u32,
     },
+    /// Two consoles at one terminal.
+    #[error("--serial and --console cannot both be stdio: send one of them elsewhere, or drop --serial")]
+    TwoConsoles,
     /// A host processor that is not there.
     #[error(
         "--cpus pin= names processor {0}, on which this process may not run: see Cpus_allowed_list in /proc/self/status"

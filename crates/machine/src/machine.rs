@@ -10,8 +10,8 @@ use anyhow::Context;
 use boot::cache::Cache;
 use boot::{AcpiSpec, Sources, Start, tells_panics_apart};
 use bus::{Bus, EndLatch};
-use devices::Controls;
-use devices::console::Console;
+use devices::console::{Console, VirtioConsole};
+use devices::{Attach, Controls, hvc};
 use devices::legacy::power::{PowerButton, RESET, SLEEP_CONTROL, SLEEP_STATUS};
 use devices::legacy::{Platform, Wiring};
 use kvm::x86::cpuid::{CpuidSpec, Template};
@@ -37,6 +37,8 @@ pub struct Surroundings<'a> {
     pub host: &'a Host,
     /// The host's side of the serial port.
     pub console: &'a Console,
+    /// The host's side of the virtio console, where there is one.
+    pub virtio_console: Option<&'a VirtioConsole>,
     /// Where unpacked kernels are kept.
     pub cache: Option<&'a Cache>,
     /// Where the phases of the start are marked.
@@ -98,13 +100,17 @@ impl Paused {
         let bars64 = layout::pci_bars64(mem.size.bytes(), address_bits);
         let mut slots = Slots::new(config.transport.unwrap_or_default(), &ram, &lines, bars64);
         let controls = config.devices.attach(config.name.as_deref(), &mut slots).map_err(ConfigError::of_device)?;
+        let mut parameters = vec![platform.kernel_parameters];
+        if let Some(console) = around.virtio_console {
+            slots.attach("console".into(), console.attach_hvc())?;
+            parameters.push(hvc::KERNEL_PARAMETER);
+        }
         let mut dsdt = std::mem::take(&mut platform.aml);
         dsdt.extend(slots.aml());
-        let mut parameters = platform.kernel_parameters.to_owned();
         if !slots.has_pci() {
-            parameters.push_str(NO_PCI);
+            parameters.push(NO_PCI);
         }
-        let cmdline = config.cmdline.clone().unwrap_or_default().line(&parameters);
+        let cmdline = config.cmdline.clone().unwrap_or_default().line(&parameters.join(" "));
         let sources = Sources {
             kernel,
             initrd: config.initrd.as_deref(),
@@ -261,7 +267,7 @@ impl Drop for Processors {
 }
 
 /// What a kernel is told where there is no PCI bus, which it would look for.
-const NO_PCI: &str = " pci=off";
+const NO_PCI: &str = "pci=off";
 
 /// The interrupt lines that devices ask for before there is a machine to connect them to.
 #[derive(Default)]

@@ -53,10 +53,10 @@ pub(super) struct LogFile {
 impl LogFile {
     pub(super) fn open(spec: &FileSpec) -> anyhow::Result<Self> {
         if spec.max.bytes() < 4096 {
-            bail!("The serial console's file needs max=4K or more, not {}", spec.max);
+            bail!("Its file needs max=4K or more, not {}", spec.max);
         }
         if spec.keep > MOST_KEPT {
-            bail!("The serial console's file can keep {MOST_KEPT} earlier files at most, not {}", spec.keep);
+            bail!("Its file can keep {MOST_KEPT} earlier files at most, not {}", spec.keep);
         }
         // A limit on file sizes shall make the write fail, not end the process.
         sys::ignore_signal(libc::SIGXFSZ);
@@ -117,13 +117,13 @@ fn append(path: &Path) -> anyhow::Result<(File, u64)> {
         .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_NOCTTY)
         .open(path)
         .map_err(|error| explain(error, path))?;
-    let metadata = file.metadata().with_context(|| format!("Cannot examine the serial console's file {name}"))?;
+    let metadata = file.metadata().with_context(|| format!("Cannot examine its file {name}"))?;
     if !metadata.is_file() {
-        bail!("{name} is not a regular file: name one for the serial console, or one that does not exist yet");
+        bail!("{name} is not a regular file: name one for it, or one that does not exist yet");
     }
     match file.try_lock() {
         Err(TryLockError::WouldBlock) => {
-            bail!("{name} is another VM's serial console: give each VM a file of its own")
+            bail!("{name} is another console's: give each a file of its own")
         }
         // A file system without locks is no reason to have no console.
         Err(TryLockError::Error(_)) | Ok(()) => Ok((file, metadata.len())),
@@ -139,7 +139,7 @@ fn explain(error: io::Error, path: &Path) -> anyhow::Error {
         Some(libc::ENXIO) => "it is not a regular file, name one or one that does not exist yet",
         _ => "choose another path",
     };
-    anyhow::Error::new(error).context(format!("Cannot write the serial console to {}: {cure}", path.display()))
+    anyhow::Error::new(error).context(format!("Cannot write to {}: {cure}", path.display()))
 }
 
 #[cfg(test)]

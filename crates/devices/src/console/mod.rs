@@ -28,6 +28,7 @@ mod tests;
 pub use file::FileSpec;
 pub use pty::PtySpec;
 pub use socket::SocketSpec;
+pub use sys::stop_this_process;
 
 use std::collections::VecDeque;
 use std::io::{self, ErrorKind};
@@ -50,7 +51,7 @@ use pty::Pty;
 use socket::Listener;
 use terminal::Terminal;
 
-/// The guest's first serial port, its console; or the virtio console, in its place.
+/// Where a console of the guest's goes: its first serial port, or its virtio console.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::Subcommand)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub enum SerialSpec {
@@ -143,6 +144,9 @@ pub struct Console<P = serial::Port> {
     quit: Box<dyn Fn() + Send>,
 }
 
+/// The host's side of the virtio console.
+pub type VirtioConsole = Console<hvc::Port>;
+
 /// What is behind the channels.
 enum End {
     /// Nothing at all.
@@ -181,7 +185,7 @@ impl Console {
     }
 }
 
-impl Console<hvc::Port> {
+impl VirtioConsole {
     /// As [`Console::open`], for the virtio console.
     ///
     /// # Errors
@@ -289,13 +293,11 @@ impl<P: GuestSide> Console<P> {
         }
     }
 
-    /// Gives the terminal back and stops this process, as Ctrl-Z would: for SIGTSTP. Returns after SIGCONT, which is
-    /// the time for [`Self::resume`].
-    pub fn suspend(&mut self) {
+    /// Gives the terminal back, as Ctrl-Z would: for SIGTSTP, before [`stop_this_process`].
+    pub fn release(&mut self) {
         if let End::Terminal(terminal, _) = &mut self.end {
             terminal.release();
         }
-        sys::stop_this_process();
     }
 
     /// Takes the terminal again, if this process is in the foreground: for SIGCONT, whatever stopped the process.

@@ -37,9 +37,9 @@ pub(super) struct Pty {
 impl Pty {
     /// Makes a pseudo-terminal. Returns the end that the console uses as well.
     pub(super) fn open(spec: &PtySpec) -> anyhow::Result<(Self, OwnedFd)> {
-        let (master, number) = sys::open_pty()
-            .context("Cannot make a pseudo-terminal for the serial console: is /dev/pts mounted, and not full?")?;
-        let peer = raw_peer(&master).context("Cannot set up the serial console's pseudo-terminal")?;
+        let (master, number) =
+            sys::open_pty().context("Cannot make a pseudo-terminal for it: is /dev/pts mounted, and not full?")?;
+        let peer = raw_peer(&master).context("Cannot set up its pseudo-terminal")?;
         let mut pty = Self { name: format!("/dev/pts/{number}").into(), link: None, peer };
         if let Some(link) = &spec.link {
             make_link(&pty.name, link)?;

@@ -28,7 +28,7 @@ pub(super) struct Listener {
 
 impl Listener {
     pub(super) fn open(spec: &SocketSpec) -> anyhow::Result<Self> {
-        let listener = unix::listen(&spec.path, 4, "the serial console")?;
+        let listener = unix::listen(&spec.path, 4, "the console")?;
         Ok(Self { listener, path: spec.path.clone() })
     }
 
@@ -45,10 +45,8 @@ impl Listener {
     pub(super) fn refuse(client: OwnedFd) {
         let client = UnixStream::from(client);
         // It gets the line or it does not; either way it sees the end.
-        let _ = sys::send(
-            std::os::fd::AsFd::as_fd(&client),
-            b"This serial console is busy: somebody else is connected to it\r\n",
-        );
+        let _ =
+            sys::send(std::os::fd::AsFd::as_fd(&client), b"This console is busy: somebody else is connected to it\r\n");
     }
 
     /// Its path.

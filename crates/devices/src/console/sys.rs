@@ -69,8 +69,8 @@ pub(super) fn ignore_signal(signal: libc::c_int) {
     unsafe { libc::signal(signal, libc::SIG_IGN) };
 }
 
-/// Stops this process until somebody sends SIGCONT.
-pub(super) fn stop_this_process() {
+/// Stops this process until somebody sends SIGCONT, which is the time for [`Console::resume`](super::Console::resume).
+pub fn stop_this_process() {
     // SAFETY: no memory is passed; the signal cannot be handled or ignored, and returns when the process goes on.
     unsafe { libc::raise(libc::SIGSTOP) };
 }

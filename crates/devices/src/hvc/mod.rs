@@ -22,6 +22,9 @@ use std::sync::Arc;
 
 use virtio::{Active, Kind, VirtQueue, VirtioDevice};
 
+/// What a kernel is to be told of it on its command line.
+pub const KERNEL_PARAMETER: &str = "console=hvc0";
+
 /// Entries of each queue.
 const QUEUE_SIZE: u16 = 64;
 

@@ -129,9 +129,9 @@ fn two_consoles_cannot_share_a_file() {
     let dir = TempDir::new().unwrap();
     let spec = spec(&dir, 4096, 1);
     let mut first = LogFile::open(&spec).unwrap();
-    assert!(refusal(&spec).contains("another VM"));
+    assert!(refusal(&spec).contains("another console"));
     write_all(&mut first, &[b'a'; 5000]);
-    assert!(refusal(&spec).contains("another VM"), "the next file is locked like the first");
+    assert!(refusal(&spec).contains("another console"), "the next file is locked like the first");
     drop(first);
     LogFile::open(&spec).unwrap();
 }

@@ -52,7 +52,8 @@ fn vm() -> ! {
                     }
                 }
                 b'S' => {
-                    rig.console.borrow_mut().suspend();
+                    rig.console.borrow_mut().release();
+                    sys::stop_this_process();
                     rig.console.borrow_mut().resume();
                     rig.guest.say(b"<resumed>");
                 }
