@@ -164,6 +164,21 @@ fn raw_disks_on_mmio_are_their_files_through_a_reboot_and_a_kill() {
 }
 
 #[test]
+fn disks_of_one_machine_are_on_pci_and_behind_registers() {
+    let folder = Folder::new();
+    let disks = [format!("{},transport=mmio", folder.image("a.img", 8 * MIB)), folder.image("b.img", 4 * MIB)];
+    let mut guest = boot(&["--disk", &disks[0], "--disk", &disks[1]]);
+    let mut sectors = |bus: &str| {
+        let sizes = guest.ask(&format!("set +f; cat /sys/devices/{bus}*/virtio*/block/*/size"));
+        sizes.parse::<u64>().expect("one disk") * 512
+    };
+    assert_eq!(sectors("platform/LNRO"), 8 * MIB);
+    assert_eq!(sectors("pci0000:00/0000:00:"), 4 * MIB);
+    guest.ask("for d in vda vdb; do dd if=/dev/zero of=/dev/$d bs=1M count=4 conv=fsync 2>/dev/null; done");
+    guest.end("poweroff -f").assert(0, "the guest powered off");
+}
+
+#[test]
 fn qcow2_images_and_overlays_hold_file_systems() {
     let folder = Folder::new();
     let (image, base, overlay) = (folder.text("disk.qcow2"), folder.image("base.img", 16 * MIB), folder.text("over"));

@@ -9,8 +9,10 @@ pub mod legacy;
 mod list;
 pub mod net;
 pub mod rng;
+mod transport;
 pub mod unix;
 pub mod vsock;
 
 pub use control::{Controls, DeviceReply, DeviceRequest};
 pub use list::{Attach, Devices};
+pub use transport::Transport;

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use virtio::VirtioDevice;
 use virtio::transport::Handle;
 
+use crate::Transport;
 use crate::balloon::{Balloon, BalloonSpec};
 use crate::block::{Block, BlockSpec};
 use crate::control::Controls;
@@ -64,12 +65,18 @@ pub struct Devices {
 
 /// A machine that devices are attached to.
 pub trait Attach {
-    /// Attaches a device; `name` is what the log calls it. Gives the way to it.
+    /// Attaches a device, in the machine's own way unless `transport` is another; `name` is what the log calls it. Gives the
+    /// way to it.
     ///
     /// # Errors
     ///
     /// The machine has no place for it.
-    fn attach<D: VirtioDevice>(&mut self, name: String, device: D) -> anyhow::Result<Handle<D>>;
+    fn attach<D: VirtioDevice>(
+        &mut self,
+        name: String,
+        transport: Option<Transport>,
+        device: D,
+    ) -> anyhow::Result<Handle<D>>;
 }
 
 impl Devices {
@@ -119,21 +126,21 @@ impl Devices {
         let mut controls = Controls::default();
         for spec in &self.disk {
             let device = Block::open(spec)?;
-            let handle = to.attach(format!("disk {}", device.id()), device)?;
+            let handle = to.attach(format!("disk {}", device.id()), spec.transport, device)?;
             controls.disks.push((spec.id(), handle));
         }
         for spec in &self.net {
             let device = Net::open(spec, vm)?;
-            to.attach(format!("net {}", device.id()), device)?;
+            to.attach(format!("net {}", device.id()), spec.transport, device)?;
         }
         for spec in &self.rng {
-            to.attach(spec.id().to_owned(), Rng::new(spec)?)?;
+            to.attach(spec.id().to_owned(), spec.transport, Rng::new(spec)?)?;
         }
         for spec in &self.vsock {
-            to.attach(spec.id().to_owned(), Vsock::new(spec)?)?;
+            to.attach(spec.id().to_owned(), spec.transport, Vsock::new(spec)?)?;
         }
         for spec in &self.balloon {
-            let handle = to.attach(spec.id().to_owned(), Balloon::new(spec)?)?;
+            let handle = to.attach(spec.id().to_owned(), spec.transport, Balloon::new(spec)?)?;
             controls.balloons.push((spec.id().to_owned(), handle));
         }
         Ok(controls)

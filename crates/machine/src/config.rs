@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use boot::{Cmdline, KernelSpec};
-use devices::Devices;
 use devices::console::SerialSpec;
+use devices::{Devices, Transport};
 use memory::MemorySpec;
 use serde::{Deserialize, Serialize};
 
@@ -56,7 +56,7 @@ pub struct VmConfig {
     #[serde(flatten)]
     pub devices: Devices,
 
-    /// How the guest finds its devices: pci (unless said) or mmio
+    /// How the guest finds those that do not say: pci (unless said), mmio (by ACPI) or mmio-cmdline
     #[arg(long, value_name = "KIND", value_parser = kv::from_str::<Transport>, help_heading = "Devices")]
     pub transport: Option<Transport>,
 
@@ -125,17 +125,6 @@ impl VmConfig {
             *path = folder.join(&*path);
         }
     }
-}
-
-/// How the guest finds its devices.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Transport {
-    /// As functions on a PCI bus, with an interrupt of its own for each queue.
-    #[default]
-    Pci,
-    /// As registers in memory, which ACPI names.
-    Mmio,
 }
 
 /// What happens when the guest ends in a way that a machine can go on from.

@@ -15,7 +15,7 @@ mod slots;
 mod timer;
 mod vcpu;
 
-pub use config::{OnEnd, Transport, VmConfig};
+pub use config::{OnEnd, VmConfig};
 pub use control::{ControlError, ControlReply, ControlRequest, Live, State};
 pub use counts::ExitCounts;
 pub use cpus::{CpusSpec, HostCpus};

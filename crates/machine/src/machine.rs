@@ -102,14 +102,12 @@ impl Paused {
         let controls = config.devices.attach(config.name.as_deref(), &mut slots).map_err(ConfigError::of_device)?;
         let mut parameters = vec![platform.kernel_parameters];
         if let Some(console) = around.virtio_console {
-            slots.attach("console".into(), console.attach_hvc())?;
+            slots.attach("console".into(), None, console.attach_hvc())?;
             parameters.push(hvc::KERNEL_PARAMETER);
         }
         let mut dsdt = std::mem::take(&mut platform.aml);
         dsdt.extend(slots.aml());
-        if !slots.has_pci() {
-            parameters.push(NO_PCI);
-        }
+        parameters.extend(slots.kernel_parameters());
         let cmdline = config.cmdline.clone().unwrap_or_default().line(&parameters.join(" "));
         let sources = Sources {
             kernel,
@@ -265,9 +263,6 @@ impl Drop for Processors {
         self.stop();
     }
 }
-
-/// What a kernel is told where there is no PCI bus, which it would look for.
-const NO_PCI: &str = "pci=off";
 
 /// The interrupt lines that devices ask for before there is a machine to connect them to.
 #[derive(Default)]

@@ -12,19 +12,22 @@ use acpi_tables::aml::{Device, Interrupt, Memory32Fixed, Name, ONE, ResourceTemp
 use anyhow::Context;
 use bus::pci::{self, Message, MsiRouter, Segment, Window};
 use bus::{Bus, Irq};
-use devices::Attach;
+use devices::{Attach, Transport};
 use kvm::{Doorbell, MsiRoutes, Place, Value, Vm};
 use memory::{Ram, layout};
 use virtio::transport::{Handle, Mmio, Pci, Wiring, mmio};
 use virtio::{IoThread, VirtioDevice};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::config::Transport;
 use crate::error::ConfigError;
 use crate::machine::Lines;
 
+/// What a kernel is told where there is no PCI bus, which it would look for.
+const NO_PCI: &str = "pci=off";
+
 /// A machine's places for devices, some of them taken.
 pub(crate) struct Slots<'a> {
+    /// Of those devices that do not say.
     transport: Transport,
     memory: Arc<Ram>,
     lines: &'a Lines,
@@ -34,9 +37,12 @@ pub(crate) struct Slots<'a> {
     routes: Arc<MsiRoutes>,
     windows: Vec<Window>,
     doorbells: Vec<(Doorbell, EventFd)>,
-    /// How many devices there are, all behind the same transport.
+    /// How many devices there are, and how many of them have memory-mapped registers.
     attached: u32,
+    mapped: u32,
     aml: Vec<u8>,
+    /// What the kernel's command line says of the devices.
+    announced: Vec<String>,
 }
 
 impl<'a> Slots<'a> {
@@ -52,13 +58,20 @@ impl<'a> Slots<'a> {
             windows: Vec::new(),
             doorbells: Vec::new(),
             attached: 0,
+            mapped: 0,
             aml: Vec::new(),
+            announced: Vec::new(),
         }
     }
 
     /// Whether there is a PCI bus: only where something is on it, because looking for it costs a kernel time.
     pub(crate) fn has_pci(&self) -> bool {
-        self.transport == Transport::Pci && self.attached > 0
+        self.attached > self.mapped
+    }
+
+    /// What a kernel is to be told of the devices on its command line.
+    pub(crate) fn kernel_parameters(&self) -> impl Iterator<Item = &str> {
+        self.announced.iter().map(String::as_str).chain((!self.has_pci()).then_some(NO_PCI))
     }
 
     /// What the devices say of themselves in the DSDT.
@@ -100,8 +113,13 @@ impl<'a> Slots<'a> {
         Ok(handle)
     }
 
-    fn attach_mmio<D: VirtioDevice>(&mut self, device: D, wiring: Wiring) -> anyhow::Result<Handle<D>> {
-        let number = self.attached;
+    /// Returns the way to the device, its number among its like, where its registers are, and its interrupt.
+    fn attach_mmio<D: VirtioDevice>(
+        &mut self,
+        device: D,
+        wiring: Wiring,
+    ) -> anyhow::Result<(Handle<D>, u32, u64, u32)> {
+        let number = self.mapped;
         let gsi = layout::VIRTIO_GSIS.start + number;
         if gsi >= layout::VIRTIO_GSIS.end {
             let places = layout::VIRTIO_GSIS.len();
@@ -117,12 +135,12 @@ impl<'a> Slots<'a> {
         }
         let device = Arc::new(Mutex::new(device));
         self.windows.push(Window { base, length: mmio::WINDOW, device: device.clone() });
-        self.mapped_aml(number, base, gsi);
-        Ok(device)
+        self.mapped += 1;
+        Ok((device, number, base, gsi))
     }
 
     /// VIRTIO 1.2, section 4.2.1 leaves it open how a device is found; this is the id that Linux's driver knows.
-    fn mapped_aml(&mut self, number: u32, base: u64, gsi: u32) {
+    fn announce_in_aml(&mut self, number: u32, base: u64, gsi: u32) {
         let low = |address: u64| u32::try_from(address).expect("below 4 GiB");
         let id = Name::new("_HID".into(), &"LNRO0005");
         let unique = Name::new("_UID".into(), &number);
@@ -137,13 +155,27 @@ impl<'a> Slots<'a> {
 }
 
 impl Attach for Slots<'_> {
-    fn attach<D: VirtioDevice>(&mut self, name: String, device: D) -> anyhow::Result<Handle<D>> {
+    fn attach<D: VirtioDevice>(
+        &mut self,
+        name: String,
+        transport: Option<Transport>,
+        device: D,
+    ) -> anyhow::Result<Handle<D>> {
         let io_thread = IoThread::spawn(self.attached).context("Cannot start an I/O thread")?;
         let wiring = Wiring { memory: self.memory.clone(), io_thread, name };
-        let handle = match self.transport {
-            Transport::Pci => self.attach_pci(device, wiring),
-            Transport::Mmio => self.attach_mmio(device, wiring),
-        }?;
+        let handle = match transport.unwrap_or(self.transport) {
+            Transport::Pci => self.attach_pci(device, wiring)?,
+            Transport::Mmio => {
+                let (handle, number, base, gsi) = self.attach_mmio(device, wiring)?;
+                self.announce_in_aml(number, base, gsi);
+                handle
+            }
+            Transport::MmioCmdline => {
+                let (handle, _, base, gsi) = self.attach_mmio(device, wiring)?;
+                self.announced.push(format!("virtio_mmio.device={:#x}@{base:#x}:{gsi}", mmio::WINDOW));
+                handle
+            }
+        };
         self.attached += 1;
         Ok(handle)
     }
@@ -167,5 +199,45 @@ impl MsiRouter for Router {
 
     fn disconnect(&self, route: u32, line: &EventFd) -> io::Result<()> {
         self.0.disconnect(route, line)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use devices::Devices;
+    use memory::MemorySpec;
+
+    /// The places of a machine with the devices of these flags.
+    fn with_places<T>(rngs: &[&str], transport: Transport, look: impl FnOnce(&Slots<'_>) -> T) -> T {
+        let (ram, lines) = (MemorySpec::default().map().unwrap(), Lines::default());
+        let mut slots = Slots::new(transport, &ram, &lines, 0..0);
+        let rng = rngs.iter().map(|text| kv::from_str(text).unwrap()).collect();
+        Devices { rng, ..Devices::default() }.attach(None, &mut slots).unwrap();
+        look(&slots)
+    }
+
+    fn mapped_in_acpi(slots: &Slots<'_>) -> usize {
+        slots.aml().windows(8).filter(|bytes| bytes == b"LNRO0005").count()
+    }
+
+    #[test]
+    fn each_device_is_where_it_says_and_the_others_where_the_machine_says() {
+        let asked = ["transport=mmio", "", "transport=mmio-cmdline", "transport=pci"];
+        for (transport, in_acpi, on_pci) in [(Transport::Pci, 1, true), (Transport::Mmio, 2, true)] {
+            with_places(&asked, transport, |slots| {
+                assert_eq!((mapped_in_acpi(slots), slots.has_pci()), (in_acpi, on_pci));
+                let line: Vec<_> = slots.kernel_parameters().collect();
+                assert_eq!(line, [format!("virtio_mmio.device=0x1000@0xd000{in_acpi}000:{}", 6 + in_acpi)]);
+            });
+        }
+    }
+
+    #[test]
+    fn a_kernel_looks_for_a_pci_bus_only_where_a_device_is_on_it() {
+        let says_none = |slots: &Slots<'_>| slots.kernel_parameters().any(|word| word == "pci=off");
+        assert!(with_places(&[], Transport::Pci, says_none));
+        assert!(with_places(&["transport=mmio"], Transport::Pci, says_none));
+        assert!(!with_places(&["transport=pci"], Transport::Mmio, says_none));
     }
 }

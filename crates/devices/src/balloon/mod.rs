@@ -22,6 +22,7 @@ use serde::{Deserialize, Serialize};
 use virtio::{Active, ConfigChange, Kind, VirtQueue, VirtioDevice};
 use vmm_sys_util::timerfd::TimerFd;
 
+use crate::Transport;
 use handler::Queues;
 
 /// Pages of the balloon, whatever the guest's or the host's are (section 5.5.6).
@@ -44,6 +45,9 @@ pub struct BalloonSpec {
     pub size: Size,
     /// The device's name; balloon unless said
     pub id: Option<String>,
+    /// How the guest finds it: pci, mmio or mmio-cmdline; as the machine's other devices unless said
+    #[arg(value_parser = kv::from_str::<Transport>)]
+    pub transport: Option<Transport>,
     /// The guest may take memory back from the balloon before it runs out
     pub deflate_on_oom: bool,
     /// The guest gives up what it has freed, all the time

@@ -10,6 +10,8 @@ use kv::Size;
 use serde::{Deserialize, Serialize};
 use virtio::Limit;
 
+use crate::Transport;
+
 /// The longest serial number, in bytes (VIRTIO 1.2, 5.2.6, `VIRTIO_BLK_T_GET_ID`).
 pub(super) const SERIAL_LENGTH: usize = 20;
 /// More queues than any machine of ours has processors.
@@ -23,6 +25,9 @@ pub struct BlockSpec {
     pub path: PathBuf,
     /// The disk's name for later changes; the file's name without its ending unless said
     pub id: Option<String>,
+    /// How the guest finds it: pci, mmio or mmio-cmdline; as the machine's other devices unless said
+    #[arg(value_parser = kv::from_str::<Transport>)]
+    pub transport: Option<Transport>,
     /// raw or qcow2; raw unless said, but then a qcow2 image is refused
     #[arg(value_parser = kv::from_str::<Format>)]
     pub format: Option<Format>,

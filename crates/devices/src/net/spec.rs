@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use virtio::Limit;
 
 use super::{Mac, Publish};
+use crate::Transport;
 
 /// More pairs of queues than any machine of ours has processors.
 const MOST_QUEUES: u16 = 64;
@@ -28,6 +29,9 @@ pub struct NetSpec {
     pub user: bool,
     /// The card's name for later changes; the tap's unless said
     pub id: Option<String>,
+    /// How the guest finds it: pci, mmio or mmio-cmdline; as the machine's other devices unless said
+    #[arg(value_parser = kv::from_str::<Transport>)]
+    pub transport: Option<Transport>,
     /// MAC address; made from the names of VM and card unless said
     pub mac: Option<Mac>,
     /// The largest packet, in bytes; the tap's own unless said

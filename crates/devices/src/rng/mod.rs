@@ -15,12 +15,17 @@ use kv::Size;
 use serde::{Deserialize, Serialize};
 use virtio::{Active, GuestFault, Handler, Kind, Limit, RateLimiter, VirtQueue, VirtioDevice, Watch};
 
+use crate::Transport;
+
 /// A source of random bytes: `rate=64K`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::Args)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
 pub struct RngSpec {
     /// The device's name; rng unless said
     pub id: Option<String>,
+    /// How the guest finds it: pci, mmio or mmio-cmdline; as the machine's other devices unless said
+    #[arg(value_parser = kv::from_str::<Transport>)]
+    pub transport: Option<Transport>,
     /// Bytes a second, such as 64K; no limit unless said
     pub rate: Option<Size>,
     /// Bytes that pass at once after a pause; one second's worth unless said

@@ -28,7 +28,7 @@ use anyhow::bail;
 use serde::{Deserialize, Serialize};
 use virtio::{Active, Kind, VirtQueue, VirtioDevice};
 
-use crate::unix;
+use crate::{Transport, unix};
 
 /// Entries of each queue.
 const QUEUE_SIZE: u16 = 256;
@@ -50,6 +50,9 @@ pub struct VsockSpec {
     pub cid: Option<u32>,
     /// The device's name; vsock unless said
     pub id: Option<String>,
+    /// How the guest finds it: pci, mmio or mmio-cmdline; as the machine's other devices unless said
+    #[arg(value_parser = kv::from_str::<Transport>)]
+    pub transport: Option<Transport>,
 }
 
 impl VsockSpec {
