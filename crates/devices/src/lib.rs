@@ -8,6 +8,7 @@ pub mod hvc;
 pub mod legacy;
 mod list;
 pub mod net;
+pub mod pmem;
 pub mod rng;
 mod transport;
 pub mod unix;

@@ -4,9 +4,11 @@
 
 use std::collections::HashSet;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use anyhow::bail;
 use kv::help;
+use memory::FileRegion;
 use serde::{Deserialize, Serialize};
 use virtio::VirtioDevice;
 use virtio::transport::Handle;
@@ -16,6 +18,7 @@ use crate::balloon::{Balloon, BalloonSpec};
 use crate::block::{Block, BlockSpec};
 use crate::control::Controls;
 use crate::net::{Net, NetSpec};
+use crate::pmem::{self, Pmem, PmemSpec};
 use crate::rng::{Rng, RngSpec};
 use crate::vsock::{Vsock, VsockSpec};
 
@@ -27,6 +30,11 @@ pub struct Devices {
     #[arg(long, value_name = "PATH[,…]", value_parser = kv::from_str::<BlockSpec>, help_heading = "Devices")]
     #[serde(deserialize_with = "kv::texts_or_tables", skip_serializing_if = "Vec::is_empty")]
     pub disk: Vec<BlockSpec>,
+
+    /// A file as the guest's persistent memory (can be said again for another)
+    #[arg(long, value_name = "PATH[,…]", value_parser = kv::from_str::<PmemSpec>, help_heading = "Devices")]
+    #[serde(deserialize_with = "kv::texts_or_tables", skip_serializing_if = "Vec::is_empty")]
+    pub pmem: Vec<PmemSpec>,
 
     /// A network interface (can be said again for another)
     #[arg(long, value_name = "KIND[,…]", value_parser = kv::from_str::<NetSpec>, help_heading = "Devices")]
@@ -77,6 +85,13 @@ pub trait Attach {
         transport: Option<Transport>,
         device: D,
     ) -> anyhow::Result<Handle<D>>;
+
+    /// Makes a file the guest's memory, and returns its guest-physical address.
+    ///
+    /// # Errors
+    ///
+    /// The machine has no room for it.
+    fn place(&mut self, file: Arc<FileRegion>) -> anyhow::Result<u64>;
 }
 
 impl Devices {
@@ -90,6 +105,7 @@ impl Devices {
     pub fn over(self, other: Self) -> Self {
         Self {
             disk: merge(self.disk, other.disk, |spec| spec.id.as_deref()),
+            pmem: merge(self.pmem, other.pmem, |spec| spec.id.as_deref()),
             net: merge(self.net, other.net, |spec| spec.id.as_deref()),
             rng: merge(self.rng, other.rng, |spec| spec.id.as_deref()),
             vsock: merge(self.vsock, other.vsock, |spec| spec.id.as_deref()),
@@ -102,12 +118,14 @@ impl Devices {
         let disks = self.disk.iter_mut().flat_map(|disk| {
             [Some(&mut disk.path), disk.overlay.as_mut(), disk.backing_folder.as_mut()].into_iter().flatten()
         });
-        disks.chain(self.vsock.iter_mut().map(|vsock| &mut vsock.path))
+        let pmems = self.pmem.iter_mut().map(|pmem| &mut pmem.path);
+        disks.chain(pmems).chain(self.vsock.iter_mut().map(|vsock| &mut vsock.path))
     }
 
     /// The names by which the devices are addressed.
     fn ids(&self) -> impl Iterator<Item = String> {
-        let disks = self.disk.iter().map(BlockSpec::id).chain(self.net.iter().map(NetSpec::id));
+        let disks = self.disk.iter().map(BlockSpec::id).chain(self.pmem.iter().map(PmemSpec::id));
+        let disks = disks.chain(self.net.iter().map(NetSpec::id));
         let rest = self.rng.iter().map(RngSpec::id).chain(self.vsock.iter().map(VsockSpec::id));
         disks.chain(rest.chain(self.balloon.iter().map(BalloonSpec::id)).map(str::to_owned))
     }
@@ -129,6 +147,11 @@ impl Devices {
             let handle = to.attach(format!("disk {}", device.id()), spec.transport, device)?;
             controls.disks.push((spec.id(), handle));
         }
+        for spec in &self.pmem {
+            let file = Arc::new(pmem::open(spec)?);
+            let address = to.place(file.clone())?;
+            to.attach(format!("pmem {}", spec.id()), spec.transport, Pmem::new(file, address))?;
+        }
         for spec in &self.net {
             let device = Net::open(spec, vm)?;
             to.attach(format!("net {}", device.id()), spec.transport, device)?;
@@ -147,9 +170,10 @@ impl Devices {
     }
 
     /// The keys of each flag, for its help.
-    pub fn keys() -> [(&'static str, String); 5] {
+    pub fn keys() -> [(&'static str, String); 6] {
         [
             ("disk", help::keys::<BlockSpec>()),
+            ("pmem", help::keys::<PmemSpec>()),
             ("net", help::keys::<NetSpec>()),
             ("rng", help::keys::<RngSpec>()),
             ("vsock", help::keys::<VsockSpec>()),

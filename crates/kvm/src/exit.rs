@@ -37,7 +37,7 @@ pub enum Exit<'a> {
         /// What it writes.
         data: &'a [u8],
     },
-    /// A signal arrived, or a kick did.
+    /// A signal arrived, or a kick did; or the guest can try again what it did.
     Kicked,
     /// A fault while handling a fault while handling a fault.
     TripleFault,

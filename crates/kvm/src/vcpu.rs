@@ -8,7 +8,7 @@ use std::sync::Arc;
 use anyhow::Context;
 use kvm_bindings::{CpuId, KVM_INTERNAL_ERROR_EMULATION, KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES, Msrs};
 use kvm_ioctls::{VcpuExit, VcpuFd};
-use memory::Ram;
+use memory::{FileRegion, Ram};
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::exit::{Exit, InternalError, Stuck};
@@ -25,12 +25,22 @@ pub struct Vcpu {
     page: Arc<RunPage>,
     /// To show the instruction at which KVM gave up.
     ram: Ram,
+    /// Files that are guest memory, from which somebody may take pages away.
+    files: Vec<Arc<FileRegion>>,
+    /// How often that had happened when it was last looked at.
+    losses: u64,
 }
 
 impl Vcpu {
-    pub(crate) fn new(fd: VcpuFd, index: u8, run_size: usize, ram: Ram) -> anyhow::Result<Self> {
+    pub(crate) fn new(
+        fd: VcpuFd,
+        index: u8,
+        run_size: usize,
+        ram: Ram,
+        files: Vec<Arc<FileRegion>>,
+    ) -> anyhow::Result<Self> {
         let page = RunPage::map(fd.as_raw_fd(), run_size).context("Cannot map a kvm_run page")?;
-        Ok(Self { fd, index, page, ram })
+        Ok(Self { fd, index, page, ram, files, losses: 0 })
     }
 
     /// Counts from 0; also the local APIC's id.
@@ -90,6 +100,7 @@ impl Vcpu {
             }
             Ok(other) => Exit::Stuck(Stuck::Other(format!("KVM exit {other:?} that was not asked for"))),
             Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => page.kicked(),
+            Err(error) if error.errno() == libc::EFAULT && heal(&self.files, &mut self.losses) => Exit::Kicked,
             Err(error) => return Err(io::Error::from_raw_os_error(error.errno())),
         })
     }
@@ -137,4 +148,11 @@ impl Vcpu {
         self.ram.read_slice(&mut bytes, GuestAddress(translation.physical_address)).ok()?;
         Some(bytes)
     }
+}
+
+/// Whether a file that is guest memory has become shorter since `losses` was taken down: then there are zeros now in
+/// place of what is missing, and the guest can go on.
+fn heal(files: &[Arc<FileRegion>], losses: &mut u64) -> bool {
+    let now = files.iter().map(|file| file.heal()).sum();
+    std::mem::replace(losses, now) != now
 }

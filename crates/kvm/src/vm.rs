@@ -4,9 +4,9 @@
 use std::sync::Arc;
 
 use anyhow::Context;
-use kvm_bindings::kvm_userspace_memory_region;
+use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
-use memory::{Ram, layout};
+use memory::{FileRegion, Ram, layout};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -53,6 +53,8 @@ pub struct Vm {
     fd: Arc<VmFd>,
     /// Keeps the memory mapped for as long as KVM uses it.
     ram: Ram,
+    /// As well, by their memory slots behind those of RAM.
+    files: Vec<Arc<FileRegion>>,
 }
 
 impl Vm {
@@ -77,7 +79,25 @@ impl Vm {
             unsafe { fd.set_user_memory_region(slot) }
                 .with_context(|| format!("KVM refuses guest memory at {:#x}", region.start_addr().0))?;
         }
-        Ok(Self { fd: Arc::new(fd), ram: ram.clone() })
+        Ok(Self { fd: Arc::new(fd), ram: ram.clone(), files: Vec::new() })
+    }
+
+    /// Puts a file into guest-physical space at `address`. What the guest writes where it may only read is dropped.
+    /// Processors that are made later know of it.
+    pub fn add_file(&mut self, address: u64, file: Arc<FileRegion>) -> anyhow::Result<()> {
+        let slot = self.ram.num_regions() + self.files.len();
+        let slot = kvm_userspace_memory_region {
+            slot: u32::try_from(slot).context("KVM has no memory slot left")?,
+            flags: if file.is_readonly() { KVM_MEM_READONLY } else { 0 },
+            guest_phys_addr: address,
+            memory_size: file.length(),
+            userspace_addr: file.host_address(),
+        };
+        // SAFETY: the range is the region's mapping, which `files` keeps for as long as `fd`.
+        unsafe { self.fd.set_user_memory_region(slot) }
+            .with_context(|| format!("KVM refuses a file as guest memory at {address:#x}"))?;
+        self.files.push(file);
+        Ok(())
     }
 
     /// Connects an interrupt line to the I/O APIC's pin `gsi`: each write to it is an edge.
@@ -120,7 +140,7 @@ impl Vm {
     /// The processor with the given index, which is its APIC id as well.
     pub fn vcpu(&self, index: u8) -> anyhow::Result<Vcpu> {
         let fd = self.fd.create_vcpu(index.into()).with_context(|| format!("KVM makes no vcpu-{index}"))?;
-        Vcpu::new(fd, index, self.fd.run_size(), self.ram.clone())
+        Vcpu::new(fd, index, self.fd.run_size(), self.ram.clone(), self.files.clone())
     }
 }
 

@@ -97,8 +97,7 @@ impl Paused {
             console: around.console,
             line: &|gsi| lines.add(gsi),
         })?;
-        let bars64 = layout::pci_bars64(mem.size.bytes(), address_bits);
-        let mut slots = Slots::new(config.transport.unwrap_or_default(), &ram, &lines, bars64);
+        let mut slots = Slots::new(config.transport.unwrap_or_default(), &ram, &lines, address_bits);
         let controls = config.devices.attach(config.name.as_deref(), &mut slots).map_err(ConfigError::of_device)?;
         let mut parameters = vec![platform.kernel_parameters];
         if let Some(console) = around.virtio_console {
@@ -125,14 +124,14 @@ impl Paused {
         };
         // KVM_CREATE_VM waits until no processor of the host is in an RCU section any more, ten
         // milliseconds and longer. The kernel is loaded meanwhile.
-        let (vm, start) = thread::scope(|scope| {
+        let (mut vm, start) = thread::scope(|scope| {
             let builder = thread::Builder::new().name("kvm".into()).stack_size(STACK);
             let vm = builder.spawn_scoped(scope, || Vm::new(host, &ram)).context("Cannot start a thread")?;
             let start = boot::load(&sources, &ram).map_err(ConfigError::from)?;
             anyhow::Ok((vm.join().expect("making a machine does not panic")?, start))
         })?;
         around.timer.mark("kvm+kernel");
-        let mmio = slots.connect(&vm)?;
+        let mmio = slots.connect(&mut vm)?;
         lines.connect_to(&vm)?;
         let vcpus = build_vcpus(&cpus, count, host, &vm)?;
         enter(&vcpus[0], start, &ram)?;

@@ -14,9 +14,10 @@ use bus::pci::{self, Message, MsiRouter, Segment, Window};
 use bus::{Bus, Irq};
 use devices::{Attach, Transport};
 use kvm::{Doorbell, MsiRoutes, Place, Value, Vm};
-use memory::{Ram, layout};
+use memory::{FileRegion, Ram, layout};
 use virtio::transport::{Handle, Mmio, Pci, Wiring, mmio};
 use virtio::{IoThread, VirtioDevice};
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::error::ConfigError;
@@ -37,6 +38,9 @@ pub(crate) struct Slots<'a> {
     routes: Arc<MsiRoutes>,
     windows: Vec<Window>,
     doorbells: Vec<(Doorbell, EventFd)>,
+    /// Files that are guest memory, and the addresses that are left for more.
+    files: Vec<(u64, Arc<FileRegion>)>,
+    free: Range<u64>,
     /// How many devices there are, and how many of them have memory-mapped registers.
     attached: u32,
     mapped: u32,
@@ -47,7 +51,9 @@ pub(crate) struct Slots<'a> {
 
 impl<'a> Slots<'a> {
     /// No place is taken yet.
-    pub(crate) fn new(transport: Transport, ram: &Ram, lines: &'a Lines, bars64: Range<u64>) -> Self {
+    pub(crate) fn new(transport: Transport, ram: &Ram, lines: &'a Lines, address_bits: u8) -> Self {
+        let size = ram.iter().map(GuestMemoryRegion::len).sum();
+        let bars64 = layout::pci_bars64(size, address_bits);
         Self {
             transport,
             memory: Arc::new(ram.clone()),
@@ -57,6 +63,8 @@ impl<'a> Slots<'a> {
             routes: Arc::default(),
             windows: Vec::new(),
             doorbells: Vec::new(),
+            files: Vec::new(),
+            free: layout::file_regions(size, address_bits),
             attached: 0,
             mapped: 0,
             aml: Vec::new(),
@@ -84,10 +92,13 @@ impl<'a> Slots<'a> {
     }
 
     /// Takes interrupts and doorbells to the machine, and gives the bus of memory addresses with the devices on it.
-    pub(crate) fn connect(self, vm: &Vm) -> anyhow::Result<Bus> {
+    pub(crate) fn connect(self, vm: &mut Vm) -> anyhow::Result<Bus> {
         vm.connect_messages(&self.routes);
         for (doorbell, kick) in &self.doorbells {
             vm.connect_doorbell(*doorbell, kick)?;
+        }
+        for (address, file) in &self.files {
+            vm.add_file(*address, file.clone())?;
         }
         let mut mmio = Bus::default();
         if self.has_pci() {
@@ -179,6 +190,17 @@ impl Attach for Slots<'_> {
         self.attached += 1;
         Ok(handle)
     }
+
+    fn place(&mut self, file: Arc<FileRegion>) -> anyhow::Result<u64> {
+        let (start, length) = (self.free.start, file.length());
+        let end = start.checked_add(length).filter(|end| *end <= self.free.end);
+        self.free.start = end.ok_or_else(|| {
+            let why = format!("a file of {length:#x} bytes finds no place above the guest's RAM: take a smaller one");
+            ConfigError::NoPlace(why)
+        })?;
+        self.files.push((start, file));
+        Ok(start)
+    }
 }
 
 /// KVM's routes as PCI functions see them.
@@ -211,7 +233,7 @@ mod tests {
     /// The places of a machine with the devices of these flags.
     fn with_places<T>(rngs: &[&str], transport: Transport, look: impl FnOnce(&Slots<'_>) -> T) -> T {
         let (ram, lines) = (MemorySpec::default().map().unwrap(), Lines::default());
-        let mut slots = Slots::new(transport, &ram, &lines, 0..0);
+        let mut slots = Slots::new(transport, &ram, &lines, 40);
         let rng = rngs.iter().map(|text| kv::from_str(text).unwrap()).collect();
         Devices { rng, ..Devices::default() }.attach(None, &mut slots).unwrap();
         look(&slots)

@@ -68,9 +68,21 @@ pub fn ram_end(size: u64) -> u64 {
     ram(size).last().map_or(0, |range| range.end)
 }
 
-/// Where the regions of PCI functions lie that may be anywhere: above the RAM of a machine with `size` bytes, up to what
-/// a processor with `address_bits` reaches. Empty where nothing is left.
+/// Where files lie that are the guest's memory: the lower half of what is above the RAM of a machine with `size` bytes
+/// and within the reach of a processor with `address_bits`. Empty where nothing is left.
+pub fn file_regions(size: u64, address_bits: u8) -> Range<u64> {
+    let all = above_ram(size, address_bits);
+    all.start..pci_bars64(size, address_bits).start
+}
+
+/// Where the regions of PCI functions lie that may be anywhere: the upper half.
 pub fn pci_bars64(size: u64, address_bits: u8) -> Range<u64> {
+    let all = above_ram(size, address_bits);
+    let middle = all.start + (all.end - all.start) / 2;
+    middle.checked_next_multiple_of(GIB).map_or(all.end, |middle| middle.min(all.end))..all.end
+}
+
+fn above_ram(size: u64, address_bits: u8) -> Range<u64> {
     let limit = 1u64.checked_shl(address_bits.into()).unwrap_or(u64::MAX);
     let start = ram_end(size).max(MMIO_HOLE.end).checked_next_multiple_of(GIB).unwrap_or(limit);
     start.min(limit)..limit
@@ -96,12 +108,15 @@ mod tests {
     }
 
     #[test]
-    fn pci_regions_begin_above_ram_and_end_where_the_processor_does() {
-        assert_eq!(pci_bars64(512 * MIB, 40), 4 * GIB..1024 * GIB);
-        assert_eq!(pci_bars64(6 * GIB + MIB, 36), 8 * GIB..64 * GIB);
+    fn regions_begin_above_ram_and_end_where_the_processor_does() {
+        assert_eq!(file_regions(512 * MIB, 40), 4 * GIB..514 * GIB);
+        assert_eq!(pci_bars64(512 * MIB, 40), 514 * GIB..1024 * GIB);
+        assert_eq!(file_regions(6 * GIB + MIB, 36), 8 * GIB..36 * GIB);
+        assert_eq!(pci_bars64(6 * GIB + MIB, 36), 36 * GIB..64 * GIB);
+        for regions in [file_regions, pci_bars64] {
+            assert!(regions(512 * MIB, 32).is_empty() && regions(u64::MAX, 64).is_empty());
+        }
         assert!(pci_bars64(63 * GIB, 36).is_empty());
-        assert!(pci_bars64(512 * MIB, 32).is_empty());
-        assert!(pci_bars64(u64::MAX, 64).is_empty());
     }
 
     #[test]

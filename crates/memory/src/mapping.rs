@@ -12,7 +12,7 @@ use crate::spec::{HugePages, MemorySpec};
 
 /// The alignment that lets KVM map 2 MiB of guest memory at once: guest-physical and host-virtual
 /// addresses must agree below it.
-const ALIGNMENT: usize = 2 << 20;
+pub(crate) const ALIGNMENT: usize = 2 << 20;
 
 /// A mapping that this process owns.
 #[derive(Debug)]
@@ -44,12 +44,10 @@ impl Mapping {
         };
         let reserved = reserve(length.checked_add(slack).ok_or(io::ErrorKind::OutOfMemory)?, slack, flags)?;
         let address = match reserved {
-            None => map(0, length, flags, fd, offset)?,
+            None => map(0, length, READ_WRITE, flags, fd, offset)?,
             Some(start) => {
-                let address = start.next_multiple_of(ALIGNMENT);
-                unmap(start, address - start);
-                unmap(address + length, start + slack - address);
-                map(address, length, flags | libc::MAP_FIXED, fd, offset)?
+                let address = trim(start, length);
+                map(address, length, READ_WRITE, flags | libc::MAP_FIXED, fd, offset)?
             }
         };
         let mapping = Self { address, length };
@@ -122,6 +120,21 @@ fn huge_flags(hugepages: HugePages) -> i32 {
     }
 }
 
+/// Aligned address space of `length` bytes, which nothing is behind yet.
+pub(crate) fn reserve_aligned(length: usize) -> io::Result<usize> {
+    let with_room = length.checked_add(ALIGNMENT).ok_or(io::ErrorKind::OutOfMemory)?;
+    let reserved = reserve(with_room, ALIGNMENT, libc::MAP_NORESERVE)?;
+    Ok(trim(reserved.expect("there is room to align in"), length))
+}
+
+/// Keeps `length` aligned bytes of a reservation that is longer by the alignment, and returns where they are.
+fn trim(start: usize, length: usize) -> usize {
+    let address = start.next_multiple_of(ALIGNMENT);
+    unmap(start, address - start);
+    unmap(address + length, start + ALIGNMENT - address);
+    address
+}
+
 /// Address space with room to align in, for mappings that do not come aligned.
 fn reserve(length: usize, slack: usize, flags: i32) -> io::Result<Option<usize>> {
     if slack == 0 {
@@ -133,8 +146,18 @@ fn reserve(length: usize, slack: usize, flags: i32) -> io::Result<Option<usize>>
     checked(address).map(Some)
 }
 
-fn map(address: usize, length: usize, flags: i32, fd: i32, offset: i64) -> io::Result<usize> {
-    let protection = libc::PROT_READ | libc::PROT_WRITE;
+/// What RAM can be used for.
+pub(crate) const READ_WRITE: i32 = libc::PROT_READ | libc::PROT_WRITE;
+
+/// Maps memory at an address of a reservation, with `MAP_FIXED`, or anywhere.
+pub(crate) fn map(
+    address: usize,
+    length: usize,
+    protection: i32,
+    flags: i32,
+    fd: i32,
+    offset: i64,
+) -> io::Result<usize> {
     // SAFETY: with MAP_FIXED the address lies in a reservation of ours that nothing else uses;
     // without it the kernel chooses.
     checked(unsafe { libc::mmap(address as *mut _, length, protection, flags, fd, offset) })
@@ -144,7 +167,7 @@ fn checked(address: *mut libc::c_void) -> io::Result<usize> {
     if address == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(address as usize) }
 }
 
-fn unmap(address: usize, length: usize) {
+pub(crate) fn unmap(address: usize, length: usize) {
     if length > 0 {
         // SAFETY: the range belongs to a mapping or reservation of ours, and its owner is gone.
         let result = unsafe { libc::munmap(address as *mut _, length) };

@@ -24,6 +24,7 @@ mod tests;
 
 pub use handler::BlockHandler;
 pub use spec::{BlockSpec, Cache, EngineSpec, Format, OnFull, Opened};
+pub(crate) use sys::lock;
 
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;

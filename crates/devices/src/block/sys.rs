@@ -56,7 +56,7 @@ pub(super) fn can_punch(file: &File, size: u64) -> bool {
 
 /// A lock on the whole file that goes with its last descriptor: for one writer, or any number of readers. OFD locks are
 /// what other VMMs respect, too.
-pub(super) fn lock(file: &File, exclusive: bool) -> io::Result<()> {
+pub(crate) fn lock(file: &File, exclusive: bool) -> io::Result<()> {
     set_lock(file, if exclusive { libc::F_WRLCK } else { libc::F_RDLCK })
 }
 
