@@ -2,6 +2,8 @@
 
 pub mod balloon;
 pub mod block;
+#[cfg(test)]
+mod conformance;
 pub mod console;
 mod control;
 pub mod hvc;

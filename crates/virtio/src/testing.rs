@@ -348,7 +348,7 @@ impl<R: Registers> Driver<R> {
         ring.take_used(&self.memory)
     }
 
-    /// Waits until `check` has a result, looking at each interrupt of the queue or of the configuration.
+    /// Waits until `check` has a result, looking at each interrupt of the queue and of the configuration.
     ///
     /// # Panics
     ///
@@ -359,7 +359,12 @@ impl<R: Registers> Driver<R> {
             if let Some(result) = check(self) {
                 return result;
             }
-            self.wait_until(queue, what, deadline);
+            let lines = [self.registers.line(queue), self.registers.line(None)];
+            assert!(readable(&lines, deadline), "the device did not {what} in time");
+            self.interrupted(queue);
+            if queue.is_some() {
+                self.interrupted(None);
+            }
         }
     }
 
@@ -369,12 +374,8 @@ impl<R: Registers> Driver<R> {
     ///
     /// At the [`DEADLINE`].
     pub fn wait_for_interrupt(&mut self, queue: Option<u16>) {
-        self.wait_until(queue, "interrupt", Instant::now() + DEADLINE);
-    }
-
-    fn wait_until(&mut self, queue: Option<u16>, what: &str, deadline: Instant) {
-        let left = deadline.saturating_duration_since(Instant::now());
-        assert!(readable(self.registers.line(queue), left), "the device did not {what} in time");
+        let line = self.registers.line(queue);
+        assert!(readable(&[line], Instant::now() + DEADLINE), "the device did not interrupt in time");
         self.interrupted(queue);
     }
 
@@ -482,13 +483,19 @@ impl Descriptor {
     }
 }
 
-/// Waits until a descriptor can be read, or the time is over.
-fn readable(descriptor: &impl AsRawFd, limit: Duration) -> bool {
+/// Waits until one of the lines can be read, or the time is over. They may be the same.
+fn readable(lines: &[&EventFd], deadline: Instant) -> bool {
     let epoll = Epoll::new().expect("the host has descriptors");
-    let event = EpollEvent::new(EventSet::IN, 0);
-    epoll.ctl(ControlOperation::Add, descriptor.as_raw_fd(), event).expect("an eventfd can be watched");
-    let limit = i32::try_from(limit.as_millis()).unwrap_or(i32::MAX);
+    for line in lines {
+        let event = EpollEvent::new(EventSet::IN, 0);
+        match epoll.ctl(ControlOperation::Add, line.as_raw_fd(), event) {
+            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
+            result => result.expect("an eventfd can be watched"),
+        }
+    }
     loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let limit = i32::try_from(left.as_millis()).unwrap_or(i32::MAX);
         match epoll.wait(limit, &mut [EpollEvent::default()]) {
             Ok(count) => return count > 0,
             Err(error) => assert_eq!(error.kind(), std::io::ErrorKind::Interrupted, "{error}"),

@@ -25,7 +25,7 @@ mod tap;
 mod vhost;
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 pub use counters::{Counters, Traffic};
 pub use handler::FrameHandler;

@@ -22,22 +22,30 @@ const STAGE: &str = "NET_TEST_STAGE";
 type Guest = Driver<MmioRegisters<Net>>;
 
 /// Runs `body` in a process of its own, behind `wrap`, which is this test again. Whether this is that process.
-fn alone(test: &str, stage: &str, wrap: &[&str]) -> bool {
+fn alone(path: &str, stage: &str, wrap: &[&str]) -> bool {
     if std::env::var(STAGE).is_ok_and(|now| now == stage) {
         return true;
     }
-    let path = format!("{}::{test}", module_path!().split_once("::").unwrap().1);
     let mut command = Command::new(wrap[0]);
     command.args(&wrap[1..]).arg(std::env::current_exe().unwrap());
-    let output = command.args(["--exact", &path, "--nocapture"]).env(STAGE, stage).output().unwrap();
+    let output = command.args(["--exact", path, "--nocapture"]).env(STAGE, stage).output().unwrap();
     let (said, wrong) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success() && said.contains("1 passed"), "{said}{wrong}");
     false
 }
 
-/// Runs a test in a network namespace that has a bridge `br0` and nobody who speaks unasked.
+/// The name of a test in this file as the harness has it.
+fn path_of(test: &str) -> String {
+    format!("{}::{test}", module_path!().split_once("::").unwrap().1)
+}
+
 fn in_namespace(test: &str, body: impl FnOnce()) {
-    if alone(test, "namespace", &["unshare", "--map-root-user", "--net"]) {
+    in_namespace_of(&path_of(test), body);
+}
+
+/// Runs a test, by its path in the crate, in a network namespace that has a bridge `br0` and nobody who speaks unasked.
+pub(crate) fn in_namespace_of(path: &str, body: impl FnOnce()) {
+    if alone(path, "namespace", &["unshare", "--map-root-user", "--net"]) {
         std::fs::write("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1").unwrap();
         ip("link add br0 type bridge mcast_snooping 0");
         ip("link set br0 up");
@@ -475,7 +483,7 @@ fn a_tap_that_we_may_not_make_is_refused_with_its_cure() {
     }
     in_namespace(TEST, || {
         ip("tuntap add there mode tap");
-        assert!(!alone(TEST, "rights", &["setpriv", "--bounding-set=-all", "--inh-caps=-all"]));
+        assert!(!alone(&path_of(TEST), "rights", &["setpriv", "--bounding-set=-all", "--inh-caps=-all"]));
     });
 }
 
