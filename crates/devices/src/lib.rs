@@ -6,14 +6,18 @@ pub mod block;
 mod conformance;
 pub mod console;
 mod control;
+pub mod fs;
+mod helper;
 pub mod hvc;
 pub mod legacy;
 mod list;
 pub mod net;
 pub mod pmem;
 pub mod rng;
+mod served;
 mod transport;
 pub mod unix;
+mod vhost_user;
 pub mod vsock;
 
 pub use control::{Controls, DeviceReply, DeviceRequest};

@@ -17,6 +17,7 @@ use crate::Transport;
 use crate::balloon::{Balloon, BalloonSpec};
 use crate::block::{Block, BlockSpec};
 use crate::control::Controls;
+use crate::fs::{Fs, ShareSpec};
 use crate::net::{Net, NetSpec};
 use crate::pmem::{self, Pmem, PmemSpec};
 use crate::rng::{Rng, RngSpec};
@@ -57,6 +58,11 @@ pub struct Devices {
     #[arg(long, value_name = "PATH[,…]", value_parser = kv::from_str::<VsockSpec>, help_heading = "Devices")]
     #[serde(deserialize_with = "kv::texts_or_tables", skip_serializing_if = "Vec::is_empty")]
     pub vsock: Vec<VsockSpec>,
+
+    /// A folder of the host's, for the guest to mount (can be said again for another)
+    #[arg(long, value_name = "PATH,tag=…", value_parser = kv::from_str::<ShareSpec>, help_heading = "Devices")]
+    #[serde(deserialize_with = "kv::texts_or_tables", skip_serializing_if = "Vec::is_empty")]
+    pub share: Vec<ShareSpec>,
 
     /// Memory that the guest gives back
     #[arg(
@@ -109,6 +115,7 @@ impl Devices {
             net: merge(self.net, other.net, |spec| spec.id.as_deref()),
             rng: merge(self.rng, other.rng, |spec| spec.id.as_deref()),
             vsock: merge(self.vsock, other.vsock, |spec| spec.id.as_deref()),
+            share: merge(self.share, other.share, |spec| Some(spec.id())),
             balloon: merge(self.balloon, other.balloon, |spec| spec.id.as_deref()),
         }
     }
@@ -119,7 +126,14 @@ impl Devices {
             [Some(&mut disk.path), disk.overlay.as_mut(), disk.backing_folder.as_mut()].into_iter().flatten()
         });
         let pmems = self.pmem.iter_mut().map(|pmem| &mut pmem.path);
-        disks.chain(pmems).chain(self.vsock.iter_mut().map(|vsock| &mut vsock.path))
+        let sockets = self.vsock.iter_mut().map(|vsock| &mut vsock.path);
+        let peers = self.net.iter_mut().filter_map(|net| net.vhost_user.as_mut());
+        disks.chain(pmems).chain(sockets).chain(peers).chain(self.share.iter_mut().map(|share| &mut share.path))
+    }
+
+    /// Whether other processes have to map the guest's memory.
+    pub fn share_memory(&self) -> bool {
+        !self.share.is_empty() || self.net.iter().any(|net| net.vhost_user.is_some())
     }
 
     /// The names by which the devices are addressed.
@@ -162,6 +176,10 @@ impl Devices {
         for spec in &self.vsock {
             to.attach(spec.id().to_owned(), spec.transport, Vsock::new(spec)?)?;
         }
+        for spec in &self.share {
+            let device = Fs::open(spec)?;
+            to.attach(format!("share {}", device.id()), spec.transport, device)?;
+        }
         for spec in &self.balloon {
             let handle = to.attach(spec.id().to_owned(), spec.transport, Balloon::new(spec)?)?;
             controls.balloons.push((spec.id().to_owned(), handle));
@@ -177,6 +195,7 @@ impl Devices {
             ("net", help::keys::<NetSpec>()),
             ("rng", help::keys::<RngSpec>()),
             ("vsock", help::keys::<VsockSpec>()),
+            ("share", help::keys::<ShareSpec>()),
             ("balloon", help::keys::<BalloonSpec>()),
         ]
     }

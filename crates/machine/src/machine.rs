@@ -82,7 +82,8 @@ impl Paused {
         let host = around.host;
         let kernel = config.kernel.as_ref().ok_or(ConfigError::NoKernel)?;
         let cpus = config.cpus.clone().unwrap_or_default();
-        let mem = config.mem.clone().unwrap_or_default();
+        let mut mem = config.mem.clone().unwrap_or_default();
+        mem.shared |= config.devices.share_memory();
         let count = cpus.validate(host)?;
         let address_bits = host.address_bits()?;
         mem.validate(address_bits).map_err(ConfigError::from)?;

@@ -212,6 +212,16 @@ impl VirtQueue {
         self.ring.state()
     }
 
+    /// Takes the queue back from somebody else who served it. `position` is how far that has read the available ring,
+    /// where it says so. Without it the queue goes on behind the last chain that was given back: what the other has taken
+    /// and not given back is popped again, which is right where chains are given back in the order they were taken in.
+    pub fn take_back(&mut self, position: Option<u16>) {
+        let used = self.ring.used_idx(&*self.memory, Ordering::Acquire).expect(CHECKED);
+        self.ring.set_next_used(used.0);
+        self.ring.set_next_avail(position.unwrap_or(used.0));
+        self.available = self.next();
+    }
+
     fn next(&self) -> Wrapping<u16> {
         Wrapping(self.ring.next_avail())
     }

@@ -54,9 +54,9 @@ pub trait Registers {
     fn acknowledge(&mut self);
 }
 
-/// RAM and an I/O thread for a device.
+/// RAM that others can map, and an I/O thread for a device.
 pub fn wiring() -> Wiring {
-    let spec = MemorySpec { size: Size(RAM), ..MemorySpec::default() };
+    let spec = MemorySpec { size: Size(RAM), shared: true, ..MemorySpec::default() };
     Wiring {
         memory: Arc::new(spec.map().expect("the host has address space")),
         io_thread: IoThread::spawn(0).expect("the host has threads"),

@@ -223,7 +223,7 @@ impl Handler for FrameHandler {
             pair.watched = None;
             pair.watch(index, index < self.active, watch)?;
             if let Port::Passt(passt) = &pair.port {
-                watch.add(&passt.timer, RESTART)?;
+                watch.add(&passt.backoff, RESTART)?;
             }
         }
         for (limiter, token) in [(&self.setup.rx_limiter, RX_LIMITER), (&self.setup.tx_limiter, TX_LIMITER)] {

@@ -1,9 +1,10 @@
 //! The network card (VIRTIO 1.2, section 5.1): a tap of the host, moved by this process or by its kernel (vhost-net), or
-//! passt, for which no rights are needed.
+//! passt, for which no rights are needed, or another process (vhost-user).
 //!
 //! ```text
 //! Net ──start──▶ NetHandler ─┬─ FrameHandler: chains ─▶ guard ─▶ limits ─▶ Port (tap | passt)
-//!  ▲                         └─ VhostHandler: the kernel has queues and tap, and says when something breaks
+//!  ▲                         ├─ VhostHandler: the kernel has queues and tap, and says when something breaks
+//!  │                         └─ PeerHandler: another process has the queues, or nobody
 //!  └── link, traffic ────────┘
 //! ```
 //!
@@ -17,6 +18,7 @@ mod guard;
 mod handler;
 mod mac;
 mod passt;
+mod peer;
 mod port;
 mod publish;
 mod spec;
@@ -30,6 +32,7 @@ pub(crate) mod tests;
 pub use counters::{Counters, Traffic};
 pub use handler::FrameHandler;
 pub use mac::Mac;
+pub use peer::PeerHandler;
 pub use publish::Publish;
 pub use spec::{NetSpec, Vhost};
 pub use vhost::VhostHandler;
@@ -45,6 +48,7 @@ use control::Queues;
 use guard::Guard;
 use handler::Setup;
 use passt::Passt;
+use peer::Peer;
 use port::Port;
 use tap::Tap;
 
@@ -100,6 +104,7 @@ pub struct Net {
 enum End {
     Frames(Vec<Port>),
     Vhost(Vec<vhost::Pair>),
+    Peer(Option<Peer>),
 }
 
 impl Net {
@@ -133,12 +138,22 @@ impl Net {
         if mtu.is_some() {
             features |= feature::MTU;
         }
-        let end = match tap {
-            None => {
+        let mut link = true;
+        let end = match (tap, &spec.vhost_user) {
+            (None, Some(path)) => {
+                log::info!("{name}: {mac}, by the process at {}", path.display());
+                let peer = Peer::open(path)?;
+                features =
+                    (features | feature::OFFLOADS) & (peer.features() | !(feature::OFFLOADS | feature::MRG_RXBUF));
+                ring_features &= peer.features();
+                link = peer.is_connected();
+                End::Peer(Some(peer))
+            }
+            (None, None) => {
                 log::info!("{name}: {mac}, by passt");
                 End::Frames(vec![Port::Passt(Box::new(Passt::open(passt, spec)?))])
             }
-            Some(tap) => {
+            (Some(tap), _) => {
                 features |= feature::OFFLOADS;
                 let tap_name = tap.name.clone();
                 let end = end_of(tap, spec)?;
@@ -156,7 +171,7 @@ impl Net {
             features |= feature::MQ | feature::CTRL_VQ;
             queue_sizes.push(CONTROL_SIZE);
         }
-        let (spec, link, traffic) = (spec.clone(), Arc::new(AtomicBool::new(true)), Arc::default());
+        let (spec, link, traffic) = (spec.clone(), Arc::new(AtomicBool::new(link)), Arc::default());
         let mtu = mtu.unwrap_or(USUAL_MTU);
         Ok(Self { spec, name, mac, mtu, queue_sizes, features, ring_features, link, traffic, end: Some(end) })
     }
@@ -258,6 +273,12 @@ impl VirtioDevice for Net {
                 self.end = None;
                 Ok(NetHandler::Vhost(handler))
             }
+            End::Peer(peer) => {
+                let pair = queues.pairs.into_iter().next().context("A network card has a pair of queues")?;
+                let handler = PeerHandler::new(self.name.clone(), peer, pair.into(), active, self.link.clone())?;
+                self.end = None;
+                Ok(NetHandler::Peer(handler))
+            }
         }
     }
 
@@ -273,6 +294,11 @@ impl VirtioDevice for Net {
                 self.end = Some(End::Vhost(pairs));
                 queues
             }
+            NetHandler::Peer(handler) => {
+                let (queues, peer) = handler.stop();
+                self.end = Some(End::Peer(Some(peer)));
+                queues
+            }
         }
     }
 }
@@ -284,6 +310,8 @@ pub enum NetHandler {
     Frames(FrameHandler),
     /// The kernel.
     Vhost(VhostHandler),
+    /// Another process.
+    Peer(PeerHandler),
 }
 
 impl Handler for NetHandler {
@@ -291,6 +319,7 @@ impl Handler for NetHandler {
         match self {
             Self::Frames(handler) => handler.watch(watch),
             Self::Vhost(handler) => handler.watch(watch),
+            Self::Peer(handler) => handler.watch(watch),
         }
     }
 
@@ -298,6 +327,7 @@ impl Handler for NetHandler {
         match self {
             Self::Frames(handler) => handler.ready(token, watch),
             Self::Vhost(handler) => handler.ready(token, watch),
+            Self::Peer(handler) => handler.ready(token, watch),
         }
     }
 }

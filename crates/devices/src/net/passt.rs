@@ -17,17 +17,14 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use virtio::Chain;
-use vmm_sys_util::timerfd::TimerFd;
 
 use super::port::scatter;
 use super::sys::{Pieces, Read};
 use super::{HEADER, LARGEST, NetSpec};
+use crate::helper::{Backoff, Words};
 
 /// The program, looked for in `PATH`.
 pub(super) const PROGRAM: &str = "passt";
-/// How long after its end it is started again: twice this at first, and twice as long after each end that comes early.
-const PAUSE: Duration = Duration::from_millis(100);
-const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 
 const LENGTH: usize = 4;
 /// Room for what one read takes.
@@ -39,16 +36,14 @@ pub(super) struct Passt {
     arguments: Vec<String>,
     running: Option<Running>,
     /// When it is started again.
-    pub(super) timer: TimerFd,
-    pause: Duration,
+    pub(super) backoff: Backoff,
 }
 
 struct Running {
     child: Child,
     started: Instant,
     socket: UnixStream,
-    /// What it has to say. It never waits for us to listen.
-    words: UnixStream,
+    words: Words,
     incoming: Box<[u8]>,
     /// Which part of `incoming` has not been given to the guest.
     from: usize,
@@ -64,9 +59,9 @@ impl Passt {
     ///
     /// It is not there.
     pub(super) fn open(program: &str, spec: &NetSpec) -> anyhow::Result<Self> {
-        let timer = TimerFd::new().context("Cannot make a timer for passt")?;
+        let backoff = Backoff::new().context("Cannot make a timer for passt")?;
         let (program, arguments) = (program.to_owned(), arguments(spec));
-        let mut passt = Self { program, arguments, running: None, timer, pause: PAUSE };
+        let mut passt = Self { program, arguments, running: None, backoff };
         passt.start().map_err(|error| match error.kind() {
             io::ErrorKind::NotFound => anyhow::anyhow!(
                 "There is no {} in PATH: install it (`apt install passt`), or say tap=NAME instead of user",
@@ -80,13 +75,11 @@ impl Passt {
     /// Starts it, unless it runs.
     fn start(&mut self) -> io::Result<()> {
         let (socket, theirs) = UnixStream::pair()?;
-        let (words, their_words) = UnixStream::pair()?;
-        for end in [&socket, &words, &their_words] {
-            end.set_nonblocking(true)?;
-        }
+        let (words, their_words) = Words::pair()?;
+        socket.set_nonblocking(true)?;
         let mut command = Command::new(&self.program);
         command.args(&self.arguments).stdout(Stdio::null());
-        command.stdin(OwnedFd::from(theirs)).stderr(OwnedFd::from(their_words));
+        command.stdin(OwnedFd::from(theirs)).stderr(their_words);
         let child = command.spawn()?;
         let incoming = vec![0; INCOMING].into_boxed_slice();
         let outgoing = Vec::with_capacity(LENGTH + LARGEST);
@@ -97,13 +90,12 @@ impl Passt {
 
     /// The timer is ready. Returns whether it runs; otherwise the timer will be ready again.
     pub(super) fn restart(&mut self, name: &str) -> bool {
-        // The descriptor is ready, so this does not wait.
-        let _ = self.timer.wait();
+        self.backoff.due();
         match self.start() {
             Ok(()) => log::info!("{name}: {} runs again", self.program),
             Err(error) => {
                 log::warn!("{name}: cannot start {} again: {error}", self.program);
-                self.schedule(Duration::ZERO);
+                self.backoff.schedule(Duration::ZERO);
             }
         }
         self.running.is_some()
@@ -115,16 +107,9 @@ impl Passt {
         // One that ended by itself is only waited for; either way this is short.
         let _ = running.child.kill();
         let status = running.child.wait().map_or_else(|error| error.to_string(), |status| status.to_string());
-        let words = last_words(&running.words);
+        let words = running.words.last();
         log::warn!("{name}: {} has ended ({why}; {status}), the link is down until it runs again{words}", self.program);
-        self.schedule(running.started.elapsed());
-    }
-
-    fn schedule(&mut self, lived: Duration) {
-        self.pause = if lived > LONGEST_PAUSE { PAUSE } else { (self.pause * 2).min(LONGEST_PAUSE) };
-        if let Err(error) = self.timer.reset(self.pause, None) {
-            log::error!("Without a timer {} is not started again: {error}", self.program);
-        }
+        self.backoff.schedule(running.started.elapsed());
     }
 
     /// The descriptor to wait for, while it runs.
@@ -258,15 +243,6 @@ fn arguments(spec: &NetSpec) -> Vec<String> {
         arguments.extend([option.to_owned(), ports]);
     }
     arguments
-}
-
-/// The last line of what it said, as a part of a sentence.
-fn last_words(mut words: &UnixStream) -> String {
-    let mut said = [0; 4096];
-    let length = words.read(&mut said).unwrap_or(0);
-    let said = String::from_utf8_lossy(&said[..length]);
-    let line = said.lines().rev().find(|line| !line.trim().is_empty());
-    line.map_or_else(String::new, |line| format!(": {}", line.replace(char::is_control, " ")))
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! A network card as asked for, and what can be refused before anything is opened.
 
 use std::net::IpAddr;
+use std::path::PathBuf;
 
 use anyhow::bail;
 use kv::Size;
@@ -27,6 +28,8 @@ pub struct NetSpec {
     pub fd: Option<i32>,
     /// Through passt: the host's own addresses and no rights needed
     pub user: bool,
+    /// Through a process that listens at this socket (vhost-user), such as a switch in user space
+    pub vhost_user: Option<PathBuf>,
     /// The card's name for later changes; the tap's unless said
     pub id: Option<String>,
     /// How the guest finds it: pci, mmio or mmio-cmdline; as the machine's other devices unless said
@@ -90,7 +93,8 @@ impl NetSpec {
     /// The name by which the card is addressed while the VM runs.
     pub fn id(&self) -> String {
         let id = self.id.clone().or_else(|| self.tap.clone());
-        id.unwrap_or_else(|| self.fd.map_or_else(|| "user".to_owned(), |fd| format!("fd{fd}")))
+        let other = if self.vhost_user.is_some() { "vhost-user" } else { "user" };
+        id.unwrap_or_else(|| self.fd.map_or_else(|| other.to_owned(), |fd| format!("fd{fd}")))
     }
 
     /// How many pairs of queues the device has.
@@ -131,9 +135,9 @@ impl NetSpec {
     ///
     /// What is wrong, and what to say instead.
     pub fn validate(&self) -> anyhow::Result<()> {
-        let ends = [self.tap.is_some(), self.fd.is_some(), self.user];
+        let ends = [self.tap.is_some(), self.fd.is_some(), self.user, self.vhost_user.is_some()];
         if ends.iter().filter(|end| **end).count() != 1 {
-            bail!("A network card has one host's end: say one of tap=NAME, fd=N and user");
+            bail!("A network card has one host's end: say one of tap=NAME, fd=N, user and vhost-user=SOCKET");
         }
         let id = self.id();
         for (key, name) in [("tap", &self.tap), ("bridge", &self.bridge)] {
@@ -163,8 +167,11 @@ impl NetSpec {
         if !self.publish.is_empty() && !self.user {
             bail!("{id}: publish= is for user: say that, or forward the port on the host");
         }
-        if self.vhost == Vhost::On && self.user {
+        if self.vhost == Vhost::On && (self.user || self.vhost_user.is_some()) {
             bail!("{id}: vhost=on is for a tap: drop it");
+        }
+        if self.vhost_user.is_some() && self.sees_frames() {
+            bail!("{id}: limits and anti-spoofing see every frame, which goes past us with vhost-user=: drop them");
         }
         if self.vhost == Vhost::On && self.sees_frames() {
             bail!("{id}: limits and anti-spoofing see every frame, which vhost=on does not let them: say vhost=off");
@@ -208,6 +215,9 @@ mod tests {
         user.validate().unwrap();
         assert_eq!(spec("user,publish=8080:80").publish.len(), 1);
         assert_eq!(spec("fd=7").id(), "fd7");
+        let other = spec("vhost-user=/run/switch,mtu=9000");
+        assert_eq!((other.id(), other.vhost_user.as_deref()), ("vhost-user".into(), Some("/run/switch".as_ref())));
+        other.validate().unwrap();
     }
 
     #[test]
@@ -246,6 +256,11 @@ mod tests {
             ("user,bridge=br0", "tap=NAME"),
             ("tap0,publish=80:80", "user"),
             ("user,vhost=on", "drop it"),
+            ("vhost-user=/run/switch,vhost=on", "drop it"),
+            ("vhost-user=/run/switch,antispoof", "drop them"),
+            ("vhost-user=/run/switch,rx-rate=1M", "drop them"),
+            ("vhost-user=/run/switch,user", "one of"),
+            ("vhost-user=/run/switch,queues=2", "tap=NAME"),
             ("tap0,rx-rate=0", "rx-rate="),
             ("tap0,tx-frames=5,tx-frames-burst=0", "tx-frames="),
             ("tap0,tx-burst=5", "tx-rate="),

@@ -1,5 +1,6 @@
 //! The whole device from the driver's side, over real taps, each test in a network namespace of its own.
 
+mod peer;
 mod user;
 
 use super::*;

@@ -1,8 +1,7 @@
 //! vhost-net: the host's kernel moves the frames between a card's queues and its tap.
 //!
 //! One `/dev/vhost-net` a pair of queues, each with a thread of the kernel. The kernel is told where guest memory and the
-//! rings are, and gets the queues' kicks and interrupts as eventfds; this process only hears of faults. Where interrupts
-//! have a status register (MMIO), the kernel cannot raise one: it wakes the I/O thread, which does.
+//! rings are, and gets the queues' kicks and interrupts as eventfds; this process only hears of faults.
 //!
 //! Left out until there are snapshots: the log of pages that the kernel writes, and the positions in the rings, which it
 //! keeps; a reset, for which alone a card is stopped today, forgets them anyway.
@@ -19,6 +18,7 @@ use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegio
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::control::{Control, Queues};
+use crate::served::Served;
 
 /// `linux/vhost.h`.
 const TYPE: u32 = 0xaf;
@@ -135,7 +135,7 @@ impl Pair {
         let kernel = &self.kernel;
         set(kernel, SET_FEATURES, &(features & self::features(std::slice::from_ref(self))))?;
         set(kernel, SET_MEMORY, &table(memory)?)?;
-        for (ring, Ring { queue, call, error, .. }) in RINGS.into_iter().zip(rings) {
+        for (ring, Ring { served: Served { queue, call, .. }, error }) in RINGS.into_iter().zip(rings) {
             let state = queue.state();
             set(kernel, SET_SIZE, &Number { ring, number: state.size.into() })?;
             set(kernel, SET_POSITION, &Number { ring, number: state.next_avail.into() })?;
@@ -201,21 +201,14 @@ fn host(memory: &Ram, address: u64) -> io::Result<u64> {
 
 /// A queue that the kernel serves.
 struct Ring {
-    queue: VirtQueue,
-    /// What the kernel writes to for an interrupt: the line itself, or one of ours.
-    call: EventFd,
-    /// Whether `call` is ours, so that the interrupt is still to be raised.
-    relayed: bool,
+    served: Served,
     /// What the kernel writes to when the ring is broken.
     error: EventFd,
 }
 
 impl Ring {
     fn new(queue: VirtQueue) -> io::Result<Self> {
-        let event = || EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC);
-        let line = queue.line();
-        let relayed = line.is_none();
-        Ok(Self { queue, call: line.map_or_else(event, Ok)?, relayed, error: event()? })
+        Ok(Self { served: Served::new(queue)?, error: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)? })
     }
 }
 
@@ -254,7 +247,7 @@ impl VhostHandler {
     /// Gives back the queues and the pairs.
     pub(super) fn stop(self) -> (Vec<VirtQueue>, Vec<Pair>) {
         self.pairs.iter().for_each(Pair::stop);
-        let mut queues: Vec<_> = self.rings.into_iter().flatten().map(|ring| ring.queue).collect();
+        let mut queues: Vec<_> = self.rings.into_iter().flatten().map(|ring| ring.served.queue).collect();
         queues.extend(self.control.map(Control::into_queue));
         (queues, self.pairs)
     }
@@ -269,9 +262,7 @@ impl Handler for VhostHandler {
     fn watch(&mut self, watch: &mut Watch<'_>) -> io::Result<()> {
         for (token, ring) in self.rings() {
             watch.add(&ring.error, ERROR + token)?;
-            if ring.relayed {
-                watch.add(&ring.call, token)?;
-            }
+            ring.served.watch(watch, token)?;
         }
         self.control.as_ref().map_or(Ok(()), |control| watch.add(control.queue(), CONTROL))
     }
@@ -292,9 +283,7 @@ impl Handler for VhostHandler {
             }
             token => {
                 if let Some((_, ring)) = self.rings().nth(token as usize) {
-                    // The one error of a non-blocking eventfd is that there was nothing.
-                    let _ = ring.call.read();
-                    ring.queue.interrupt();
+                    ring.served.relay();
                 }
             }
         }

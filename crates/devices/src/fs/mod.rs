@@ -1,0 +1,118 @@
+//! The file system device (VIRTIO 1.2, section 5.11): a folder of the host's, which virtiofsd serves, a process of its
+//! own that is started and watched by us.
+//!
+//! ```text
+//! Fs ──start──▶ FsHandler ── FUSE_INIT ──▶ virtiofsd has the queues
+//!  ▲                ▲                             │
+//!  └──── stop ──────┴── EIO for what it had ◀─────┘ its end
+//! ```
+//!
+//! The numbers that a guest has for its files mean something to one virtiofsd only. So one that was started has the
+//! queues from the guest's next FUSE_INIT on, which is its next mount; until then every request ends in EIO.
+//!
+//! Left out on purpose: several request queues, which the C virtiofsd does not serve, the notification queue, and the DAX
+//! window.
+
+mod daemon;
+mod handler;
+mod sandbox;
+mod spec;
+
+#[cfg(test)]
+mod tests;
+
+pub use handler::FsHandler;
+pub use spec::{Cache, ShareSpec};
+
+use std::path::Path;
+
+use virtio::{Active, Kind, VirtQueue, VirtioDevice};
+
+use crate::helper;
+use daemon::Daemon;
+use spec::TAG_LENGTH;
+
+/// The program's name, and where distributions put it outside `PATH`.
+const PROGRAM: &str = "virtiofsd";
+const ELSEWHERE: [&str; 3] = ["/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd", "/usr/lib/virtiofsd"];
+
+/// Entries of the queue for requests that must not wait for others, and of the one for all others. A request has at
+/// most as many pieces, which bounds how much is read or written at once.
+const QUEUE_SIZES: [u16; 2] = [128, 1024];
+
+/// A shared folder.
+pub struct Fs {
+    spec: ShareSpec,
+    ring_features: u64,
+    /// While there is no handler that has it.
+    daemon: Option<Daemon>,
+}
+
+impl Fs {
+    /// Starts virtiofsd on the folder.
+    ///
+    /// # Errors
+    ///
+    /// The user's: what is wrong with the folder or keeps virtiofsd from serving it, and what to do about it.
+    pub fn open(spec: &ShareSpec) -> anyhow::Result<Self> {
+        spec.validate()?;
+        let program = helper::find(PROGRAM, &ELSEWHERE);
+        Self::open_with(spec, program.as_deref())
+    }
+
+    fn open_with(spec: &ShareSpec, program: Option<&Path>) -> anyhow::Result<Self> {
+        let program = program.ok_or_else(|| {
+            anyhow::anyhow!(
+                "{}: there is no {PROGRAM} in PATH or {}: install it (Debian 12: `apt install qemu-system-common`), or \
+                 share no folder",
+                spec.id(),
+                ELSEWHERE.join(", ")
+            )
+        })?;
+        let daemon = Daemon::open(program, spec)?;
+        let ring_features = daemon.features() & (virtio::features::EVENT_IDX | virtio::features::INDIRECT_DESC);
+        Ok(Self { spec: spec.clone(), ring_features, daemon: Some(daemon) })
+    }
+
+    /// The name by which the device is addressed.
+    pub fn id(&self) -> &str {
+        self.spec.id()
+    }
+}
+
+impl VirtioDevice for Fs {
+    type Handler = FsHandler;
+
+    fn kind(&self) -> Kind {
+        Kind::Fs
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    fn ring_features(&self) -> u64 {
+        self.ring_features
+    }
+
+    /// `tag` and `num_request_queues` (section 5.11.4).
+    fn config(&self) -> Vec<u8> {
+        let mut config = self.spec.tag.clone().into_bytes();
+        config.resize(TAG_LENGTH, 0);
+        config.extend(1u32.to_le_bytes());
+        config
+    }
+
+    fn start(&mut self, mut active: Active) -> anyhow::Result<FsHandler> {
+        let queues = [active.take(0)?, active.take(1)?];
+        FsHandler::new(queues, active, &mut self.daemon)
+    }
+
+    /// The next driver begins with a virtiofsd that has no files open.
+    fn stop(&mut self, handler: FsHandler) -> Vec<VirtQueue> {
+        let (queues, mut daemon) = handler.stop();
+        daemon.end();
+        self.daemon = Some(daemon);
+        queues
+    }
+}
