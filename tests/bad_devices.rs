@@ -26,6 +26,7 @@ fn devices_and_keys_that_do_not_exist_are_refused() {
         ("--net", "tap0,bandwidth=1M", ["--net", "bandwidth", "rx-rate"]),
         ("--rng", "rates=1M", ["--rng", "rates", "rate"]),
         ("--vsock", "path=/tmp/socket,cids=4", ["--vsock", "cids", "cid"]),
+        ("--share", "/tmp,tag=data,ro", ["--share", "ro", "readonly"]),
         ("--balloon", "1M,deflate", ["--balloon", "deflate", "deflate-on-oom"]),
         ("--transport", "isa", ["--transport", "isa", "mmio"]),
     ] {
@@ -67,6 +68,8 @@ fn a_card_that_cannot_be_had_is_refused() {
     assert_refused(&["--net", "tap0,user"], &["one of", "tap=NAME"]);
     assert_refused(&["--net", "tap0,mac=03:00:00:00:00:01"], &["03:00:00:00:00:01", "even"]);
     assert_refused(&["--net", "fd=99"], &["descriptor 99", "open the tap"]);
+    assert_refused(&["--net", "vhost-user=/tmp/switch,antispoof"], &["anti-spoofing", "vhost-user", "drop"]);
+    assert_refused(&["--net", "vhost-user=/dev/null/switch"], &["/dev/null/switch", "name the one"]);
     // Where there are taps that we may use, an interface of another kind is none; elsewhere /dev/net/tun is missing.
     assert_refused(&["--net", "lo"], &["lo"]);
     let vmm = machine(&["--net", "user"]).by(&["env", "PATH=/nonexistent"]);
@@ -85,6 +88,14 @@ fn a_vsock_whose_socket_cannot_be_had_is_refused() {
     assert_refused(&["--vsock", "/nonexistent/socket"], &["/nonexistent/socket", "choose"]);
     assert_refused(&["--vsock", &format!("{},cid=2", path("other"))], &["cid=2", "reserved", "say 3"]);
     assert!(!fs::exists(path("other")).unwrap());
+}
+
+#[test]
+fn a_folder_that_cannot_be_shared_is_refused() {
+    assert_refused(&["--share", "/tmp"], &["tag=NAME"]);
+    assert_refused(&["--share", &format!("/tmp,tag={}", "a".repeat(37))], &["tag=aaa", "1 to 36 bytes"]);
+    assert_refused(&["--share", "/dev/null,tag=data"], &["data", "/dev/null", "no folder", "name one"]);
+    assert_refused(&["--share", "/nonexistent,tag=data"], &["data", "/nonexistent", "make that folder"]);
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! Disks, network cards, random numbers, sockets and the balloon, as guests with the small kernel use them, on PCI and
+//! Disks, network cards, random numbers, sockets, shared folders and the balloon, as guests with the small kernel use them, on PCI and
 //! behind memory-mapped registers.
 //!
 //! A guest costs seconds, so there are few, each asked much. What is refused without a guest is in `bad_devices`.
@@ -13,7 +13,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use rustix::process::Signal;
+use rustix::process::{Pid, Signal, kill_process};
 use sha2::{Digest, Sha256};
 use support::guest::Guest;
 use support::machine::MIB;
@@ -261,6 +261,81 @@ fn send_to(guest: &mut Guest, address: Ipv4Addr, first: u32) {
     stream.shutdown(Shutdown::Write).expect("the guest receives");
     guest.wait_for(&sum(&pattern(first)));
     guest.wait_for("=0=\r\n");
+}
+
+/// The processes that a machine has started.
+fn children(guest: &Guest) -> Vec<Pid> {
+    let tasks = fs::read_dir(format!("/proc/{}/task", guest.vmm.pid().as_raw_nonzero())).expect("it runs");
+    let children = tasks.flat_map(|task| {
+        let children = fs::read_to_string(task.expect("it runs").path().join("children")).unwrap_or_default();
+        children.split_whitespace().map(|pid| pid.parse().expect("a number")).collect::<Vec<i32>>()
+    });
+    children.map(|pid| Pid::from_raw(pid).expect("no process is 0")).collect()
+}
+
+fn shared_folders(transport: &str) {
+    let folder = Folder::new();
+    let (open, fixed) = (folder.path("open, to all"), folder.path("fixed"));
+    [&open, &fixed].map(|folder| fs::create_dir(folder).expect("there is room for files"));
+    fs::write(fixed.join("there"), pattern(7)).expect("there is room for files");
+    let shares = [format!(r#"path="{}",tag=open"#, open.display()), format!("{},tag=fixed,readonly", fixed.display())];
+    let mut guest = boot(&["--transport", transport, "--share", &shares[0], "--share", &shares[1]]);
+    assert_transport(&mut guest, transport, 2);
+    guest.ask("mkdir /open /fixed && mount -t virtiofs open /open && mount -t virtiofs fixed /fixed");
+
+    pattern_in(&mut guest, 1);
+    guest.ask("cp /tmp/1 /open/of-the-guest && mkdir /open/folder && ln -s of-the-guest /open/link");
+    assert_eq!(sum(&fs::read(open.join("link")).expect("the guest has made it")), sum(&pattern(1)));
+    fs::write(open.join("folder/of-the-host"), pattern(2)).expect("there is room for files");
+    let sum_in = |guest: &mut Guest, file: &str| guest.ask(&format!("sha256sum < {file}"));
+    assert_eq!(sum_in(&mut guest, "/open/folder/of-the-host"), format!("{}  -", sum(&pattern(2))));
+    assert_eq!(sum_in(&mut guest, "/fixed/there"), format!("{}  -", sum(&pattern(7))));
+    for change in ["touch /fixed/new", "rm /fixed/there", "dd if=/tmp/1 of=/fixed/there", "chmod 0 /fixed/there"] {
+        guest.ask(&format!("! {change} 2>/dev/null && mount -o remount,rw /fixed && ! {change} 2>/dev/null"));
+    }
+    assert_eq!(fs::read_dir(&fixed).expect("it is there").count(), 1);
+    assert_eq!(sum(&fs::read(fixed.join("there")).expect("it is there")), sum(&pattern(7)));
+
+    guest.ask("mount -t fusectl fusectl /sys/fs/fuse/connections");
+    // What a guest asks of one that stands still it is asked when that dies.
+    let servers = children(&guest);
+    assert_eq!(servers.len(), 2);
+    for server in &servers {
+        kill_process(*server, Signal::STOP).expect("it runs");
+    }
+    guest.ask("{ ! cat /open/of-the-guest 2>/tmp/error >/dev/null; echo $? >/tmp/code; } &");
+    guest.ask("until grep -q '[1-9]' /sys/fs/fuse/connections/*/waiting; do sleep 1; done");
+    guest.ask("! test -e /tmp/code");
+    for server in &servers {
+        kill_process(*server, Signal::KILL).expect("it runs");
+    }
+    guest.vmm.stderr.wait_for("Shared folder open: virtiofsd has ended", 0);
+    guest.vmm.stderr.wait_for("Shared folder fixed: virtiofsd has ended", 0);
+    guest.ask("wait; grep -q 'I/O error' /tmp/error && test $(cat /tmp/code) = 0");
+    guest.ask("! ls /open/folder 2>/dev/null");
+    guest.ask("umount /open && umount /fixed && mount -t virtiofs open /open && mount -t virtiofs fixed /fixed");
+    assert_eq!(sum_in(&mut guest, "/open/link"), format!("{}  -", sum(&pattern(1))));
+    assert_eq!(sum_in(&mut guest, "/fixed/there"), format!("{}  -", sum(&pattern(7))));
+    guest.ask("echo again > /open/again && ! touch /fixed/new 2>/dev/null");
+    assert_eq!(fs::read_to_string(open.join("again")).expect("the guest has made it"), "again\n");
+
+    let servers = children(&guest);
+    assert_eq!(servers.len(), 2);
+    guest.vmm.signal(Signal::KILL);
+    guest.vmm.wait();
+    until("virtiofsd has gone with its machine", || {
+        servers.iter().all(|server| !Path::new(&format!("/proc/{}", server.as_raw_nonzero())).exists())
+    });
+}
+
+#[test]
+fn shared_folders_on_pci_are_the_same_on_both_sides_and_outlive_virtiofsd() {
+    shared_folders("pci");
+}
+
+#[test]
+fn shared_folders_on_mmio_are_the_same_on_both_sides_and_outlive_virtiofsd() {
+    shared_folders("mmio");
 }
 
 fn every_device(transport: &str) {

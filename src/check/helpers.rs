@@ -32,7 +32,7 @@ const HELPERS: [Helper; 2] = [
     Helper {
         id: "virtiofsd",
         name: "virtiofsd",
-        elsewhere: &["/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd", "/usr/lib/virtiofsd"],
+        elsewhere: &devices::fs::ELSEWHERE,
         gives: "shared folders",
         package: "virtiofsd (Debian 12: qemu-system-common)",
     },

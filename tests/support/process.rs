@@ -205,7 +205,7 @@ impl Running {
         format!("{stdout}\n{}", self.stderr.text(0))
     }
 
-    fn pid(&self) -> Pid {
+    pub(crate) fn pid(&self) -> Pid {
         Pid::from_child(&self.child)
     }
 }

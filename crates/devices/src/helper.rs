@@ -33,7 +33,18 @@ impl Backoff {
     /// It has gone, after so long a life: sets the timer.
     pub(crate) fn schedule(&mut self, lived: Duration) {
         self.pause = if lived > LONGEST_PAUSE { PAUSE } else { (self.pause * 2).min(LONGEST_PAUSE) };
-        self.waiting = self.timer.reset(self.pause, None).is_ok();
+        self.set(self.pause);
+    }
+
+    /// Sets the timer to now, unless it runs.
+    pub(crate) fn hurry(&mut self) {
+        if !self.waiting {
+            self.set(Duration::from_nanos(1));
+        }
+    }
+
+    fn set(&mut self, pause: Duration) {
+        self.waiting = self.timer.reset(pause, None).is_ok();
         if !self.waiting {
             log::error!("Without a timer what has gone is not tried again");
         }

@@ -9,6 +9,7 @@ use std::io::{self, ErrorKind};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -44,7 +45,7 @@ struct Running {
 }
 
 impl Daemon {
-    /// Starts it.
+    /// Starts it. It dies with the thread that does so, here and later.
     ///
     /// # Errors
     ///
@@ -68,28 +69,20 @@ impl Daemon {
         self.running.as_mut().map(|running| &mut running.connection)
     }
 
-    /// Starts it, unless it runs or is to be started later.
-    pub(super) fn start_unless_waiting(&mut self) {
-        if self.running.is_none() && !self.backoff.is_waiting() {
-            self.start_or_schedule();
+    /// Has the timer be ready for a start, if it does not run.
+    pub(super) fn wanted(&mut self) {
+        if self.running.is_none() {
+            self.backoff.hurry();
         }
     }
 
-    /// The timer is ready. Whether it runs.
-    pub(super) fn restart(&mut self) -> bool {
-        if self.backoff.due() && self.running.is_none() && self.start_or_schedule() {
-            log::info!("{}: virtiofsd runs again: the guest can unmount the folder and mount it again", self.name);
+    /// The timer may be ready. Whether it has been started.
+    pub(super) fn restart(&mut self) -> anyhow::Result<bool> {
+        if !self.backoff.due() || self.running.is_some() {
+            return Ok(false);
         }
-        self.running.is_some()
-    }
-
-    fn start_or_schedule(&mut self) -> bool {
-        let result = self.start();
-        if let Err(error) = &result {
-            log::warn!("{error:#}");
-            self.backoff.schedule(Duration::ZERO);
-        }
-        result.is_ok()
+        self.start().inspect_err(|_| self.backoff.schedule(Duration::ZERO))?;
+        Ok(true)
     }
 
     fn start(&mut self) -> anyhow::Result<()> {
@@ -100,7 +93,8 @@ impl Daemon {
         // One thread gives requests back in the order it has taken them in, so those that it owes at its end are known.
         command.args(["--fd=0", "--thread-pool-size=1", "-o", "sandbox=chroot"]);
         command.args(["-o", &format!("source={FOLDER}"), "-o", &format!("cache={}", cache.name())]).current_dir(path);
-        command.stdin(listener).stdout(Stdio::null()).stderr(their_words);
+        // What is typed at our terminal is not for it.
+        command.stdin(listener).stdout(Stdio::null()).stderr(their_words).process_group(0);
         sandbox::confine(&mut command, *readonly);
         let started = Instant::now();
         let cannot = format!("{}: cannot start {} on {}", self.name, self.program.display(), path.display());

@@ -43,7 +43,8 @@ impl FsHandler {
         let [first, second] = queues;
         let queues = [first?, second?];
         let mut daemon = daemon.take().context("A shared folder that is used was started again")?;
-        daemon.start_unless_waiting();
+        // By the I/O thread: this one may end before the device does, and virtiofsd with it.
+        daemon.wanted();
         let Active { memory, features, .. } = active;
         Ok(Self { daemon, queues, served: false, memory, features })
     }
@@ -108,12 +109,18 @@ impl FsHandler {
     }
 
     fn restart(&mut self, watch: &mut Watch<'_>) -> Result<(), GuestFault> {
-        let runs = self.daemon.restart();
-        if let Some(connection) = self.daemon.connection() {
-            watch.add(connection, DAEMON).map_err(|error| cannot_watch(&error))?;
+        let result = self.daemon.restart();
+        match &result {
+            Ok(false) => return Ok(()),
+            Ok(true) => {
+                if let Some(connection) = self.daemon.connection() {
+                    watch.add(connection, DAEMON).map_err(|error| cannot_watch(&error))?;
+                }
+            }
+            Err(error) => log::warn!("{error:#}"),
         }
         // A mount may wait for it; where it cannot be started, no longer.
-        (0..self.queues.len()).try_for_each(|index| self.refuse(index, !runs, watch))
+        (0..self.queues.len()).try_for_each(|index| self.refuse(index, result.is_err(), watch))
     }
 }
 

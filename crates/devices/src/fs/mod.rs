@@ -32,9 +32,9 @@ use crate::helper;
 use daemon::Daemon;
 use spec::TAG_LENGTH;
 
-/// The program's name, and where distributions put it outside `PATH`.
 const PROGRAM: &str = "virtiofsd";
-const ELSEWHERE: [&str; 3] = ["/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd", "/usr/lib/virtiofsd"];
+/// Where distributions put it outside `PATH`.
+pub const ELSEWHERE: [&str; 3] = ["/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd", "/usr/lib/virtiofsd"];
 
 /// Entries of the queue for requests that must not wait for others, and of the one for all others. A request has at
 /// most as many pieces, which bounds how much is read or written at once.
