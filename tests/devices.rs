@@ -1,5 +1,5 @@
-//! Disks, network cards, random numbers, sockets, shared folders and the balloon, as guests with the small kernel use them, on PCI and
-//! behind memory-mapped registers.
+//! Disks, network cards, random numbers, sockets, shared folders and the balloon, as guests with the small kernel use
+//! them, on PCI and behind memory-mapped registers.
 //!
 //! A guest costs seconds, so there are few, each asked much. What is refused without a guest is in `bad_devices`.
 

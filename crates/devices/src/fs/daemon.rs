@@ -1,8 +1,8 @@
 //! virtiofsd, whether it runs at the moment or not.
 //!
-//! The options are those that the C virtiofsd (QEMU's, in Debian 12) and the one in Rust have in common. The folder is an
-//! open descriptor of it, so no name needs quoting. It gets the socket to listen at as its standard input, with us waiting
-//! to be let in, and the socket's name is gone before it starts: nobody else can connect.
+//! The options are those that the C virtiofsd (QEMU's, in Debian 12) and the one in Rust have in common. The folder is
+//! an open descriptor of it, so no name needs quoting. It gets the socket to listen at as its standard input, with us
+//! waiting to be let in, and the socket's name is gone before it starts: nobody else can connect.
 
 use std::fs::{self, DirBuilder};
 use std::io::{self, ErrorKind};

@@ -10,8 +10,8 @@
 //! The numbers that a guest has for its files mean something to one virtiofsd only. So one that was started has the
 //! queues from the guest's next FUSE_INIT on, which is its next mount; until then every request ends in EIO.
 //!
-//! Left out on purpose: several request queues, which the C virtiofsd does not serve, the notification queue, and the DAX
-//! window.
+//! Left out on purpose: several request queues, which the C virtiofsd does not serve, the notification queue, and the
+//! DAX window.
 
 mod daemon;
 mod handler;

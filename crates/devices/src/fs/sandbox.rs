@@ -70,8 +70,8 @@ fn make_readonly() -> io::Result<()> {
     if result == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// Opens the working directory as standard output. A descriptor from before would lead past this namespace's mounts, and
-/// so past what makes them read-only.
+/// Opens the working directory as standard output. A descriptor from before would lead past this namespace's mounts,
+/// and so past what makes them read-only.
 fn keep_folder() -> io::Result<()> {
     // SAFETY: a C string that lives for ever.
     let folder = unsafe { libc::open(c".".as_ptr(), libc::O_PATH | libc::O_DIRECTORY | libc::O_CLOEXEC) };

@@ -1,9 +1,9 @@
 //! `vhost-user`: a process of the host's, such as a switch in user space, moves the frames between a card's queues and
 //! wherever it likes.
 //!
-//! The other listens at a socket and need not be there: without it the link is down (VIRTIO_NET_F_STATUS), and connecting
-//! is tried again and again. Its successor goes on behind the last frame that was given back, so what the other had taken
-//! and not given back is sent again.
+//! The other listens at a socket and need not be there: without it the link is down (VIRTIO_NET_F_STATUS), and
+//! connecting is tried again and again. Its successor goes on behind the last frame that was given back, so what the
+//! other had taken and not given back is sent again.
 //!
 //! Left out on purpose: several pairs of queues.
 
@@ -59,8 +59,8 @@ impl Peer {
         }
     }
 
-    /// What it can do. One that comes later must be able to do that, too; so if it is not there, that is nothing but what
-    /// every device can.
+    /// What it can do. One that comes later must be able to do that, too; so if it is not there, that is nothing but
+    /// what every device can.
     pub(super) fn features(&self) -> u64 {
         self.connection.as_ref().map_or(0, Connection::features)
     }

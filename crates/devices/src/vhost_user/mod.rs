@@ -1,12 +1,12 @@
 //! The front end of vhost-user: another process serves a device's queues (the protocol is the one of QEMU's document
 //! "Vhost-user Protocol").
 //!
-//! The other maps all of guest RAM, so it is trusted with the guest; it is not trusted with us. Each request waits for a
-//! bounded time, each answer is eight bytes and checked, and features are masked by what we know. Requests are answered
-//! one by one where the other can (REPLY_ACK).
+//! The other maps all of guest RAM, so it is trusted with the guest; it is not trusted with us. Each request waits for
+//! a bounded time, each answer is eight bytes and checked, and features are masked by what we know. Requests are
+//! answered one by one where the other can (REPLY_ACK).
 //!
-//! The crate vhost has a front end, too, but takes the end of a socket's patience for a reason to try again, without end.
-//! Left out on purpose: requests of the other (it is not given a channel for any), dirty pages, the other's
+//! The crate vhost has a front end, too, but takes the end of a socket's patience for a reason to try again, without
+//! end. Left out on purpose: requests of the other (it is not given a channel for any), dirty pages, the other's
 //! configuration space, and several queues of a kind.
 
 #[cfg(test)]

@@ -1,5 +1,5 @@
-//! A process in a switch's place, as a thread: it maps the memory that it is given, takes each frame of queue 1, and gives
-//! it back by queue 0. It knows nothing of the front end, and its rings are read by hand.
+//! A process in a switch's place, as a thread: it maps the memory that it is given, takes each frame of queue 1, and
+//! gives it back by queue 0. It knows nothing of the front end, and its rings are read by hand.
 
 use std::fs::File;
 use std::io::Read as _;
