@@ -34,8 +34,8 @@ fn every_device_withstands_every_driver_on_pci() {
 fn check_all(transport: Transport) {
     let folder = tempfile::tempdir().unwrap();
     let devices = all_devices(&folder);
-    let Devices { disk, pmem, net, rng, vsock, balloon } = &devices;
-    let lengths = [disk.len(), pmem.len(), net.len(), rng.len(), vsock.len(), balloon.len()];
+    let Devices { disk, pmem, net, rng, vsock, share, balloon } = &devices;
+    let lengths = [disk.len(), pmem.len(), net.len(), rng.len(), vsock.len(), share.len(), balloon.len()];
     assert!(lengths.iter().all(|length| *length > 0), "a device is missing in all_devices");
     let mut suite = Suite { transport, checked: 0 };
     devices.attach(None, &mut suite).unwrap();
@@ -63,6 +63,7 @@ fn all_devices(folder: &TempDir) -> Devices {
         net: list(&["tap0,vhost=off".into()]),
         rng: list(&[String::new()]),
         vsock: list(&[folder.path().join("vsock").display().to_string()]),
+        share: list(&[format!("{},tag=shared", folder.path().display())]),
         balloon: list(&["4M,deflate-on-oom,free-page-reporting,stats-interval=1".into()]),
     }
 }
@@ -127,7 +128,8 @@ impl Probe {
             Kind::Net => (1, vec![0; 12 + 60], &[]),
             // A packet to nobody.
             Kind::Vsock => (1, vec![0; 44], &[]),
-            other => panic!("say which request shows that a {other} device works"),
+            // An operation before the first, which opens a session.
+            Kind::Fs => (1, [40_u32, 3].into_iter().flat_map(u32::to_le_bytes).chain([0; 32]).collect(), &[16]),
         };
         Self { queue, readable, room }
     }

@@ -141,6 +141,7 @@ impl Devices {
         let disks = self.disk.iter().map(BlockSpec::id).chain(self.pmem.iter().map(PmemSpec::id));
         let disks = disks.chain(self.net.iter().map(NetSpec::id));
         let rest = self.rng.iter().map(RngSpec::id).chain(self.vsock.iter().map(VsockSpec::id));
+        let rest = rest.chain(self.share.iter().map(ShareSpec::id));
         disks.chain(rest.chain(self.balloon.iter().map(BalloonSpec::id)).map(str::to_owned))
     }
 
@@ -188,7 +189,7 @@ impl Devices {
     }
 
     /// The keys of each flag, for its help.
-    pub fn keys() -> [(&'static str, String); 6] {
+    pub fn keys() -> [(&'static str, String); 7] {
         [
             ("disk", help::keys::<BlockSpec>()),
             ("pmem", help::keys::<PmemSpec>()),

@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use anyhow::{Context as _, bail};
 use serde::{Deserialize, Serialize};
 
+use crate::Transport;
+
 /// The longest tag, in bytes (VIRTIO 1.2, section 5.11.4).
 pub(super) const TAG_LENGTH: usize = 36;
 
@@ -23,6 +25,9 @@ pub struct ShareSpec {
     pub cache: Cache,
     /// The device's name for later changes; the tag unless said
     pub id: Option<String>,
+    /// How the guest finds it: pci, mmio or mmio-cmdline; as the machine's devices unless said
+    #[arg(value_parser = kv::from_str::<Transport>)]
+    pub transport: Option<Transport>,
 }
 
 /// What the guest keeps of a shared folder.
