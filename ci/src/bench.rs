@@ -4,7 +4,11 @@ use anyhow::Result;
 
 mod boot;
 mod inside;
+mod io;
+mod load;
+mod qemu;
 mod record;
+mod tools;
 
 /// What `cargo xtask bench` takes.
 #[derive(clap::Args)]
@@ -17,6 +21,8 @@ pub(crate) struct Args {
 enum Bench {
     /// How long a machine takes from its start to its end, and how much memory and disk the VMM needs.
     Boot(boot::Args),
+    /// How fast disks and network cards are, beside QEMU's.
+    Io(io::Args),
     /// Measure what a plan says; this is what the other verbs run in the emulated host.
     #[command(hide = true)]
     Inside(inside::Args),
@@ -26,6 +32,7 @@ enum Bench {
 pub(crate) fn run(args: &Args) -> Result<()> {
     match &args.bench {
         Bench::Boot(args) => boot::run(args),
+        Bench::Io(args) => io::run(args),
         Bench::Inside(args) => inside::run(args),
     }
 }

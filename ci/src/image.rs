@@ -148,6 +148,13 @@ pub(crate) fn debian_image(spec: &ImageSpec) -> Result<PathBuf> {
     })
 }
 
+/// The image that `cargo xtask image` makes when nothing else is asked for, as [`debian_image`] returns it.
+pub(crate) fn plain_debian_image() -> Result<PathBuf> {
+    let size = "2G".parse().context("A size is not understood")?;
+    let hostname = "debian".to_owned();
+    debian_image(&ImageSpec { size, suite: None, ssh_key: None, hostname, packages: Vec::new() })
+}
+
 impl ImageSpec {
     /// What `cargo xtask image PACKAGE…` asks for.
     pub(crate) fn with(packages: &[&str]) -> Self {

@@ -8,17 +8,17 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::Path;
 use std::thread;
 
 use anyhow::{Context, Result, ensure};
 
-use super::inside::{Measure, Measured, Plan, Run};
+use super::inside::{Measure, Plan, Run};
+use super::qemu;
 use super::record::{Record, ratio};
 use crate::assets::{self, Flavour};
 use crate::host::Host;
-use crate::{apt, build, kernel, progress, setup};
+use crate::{build, kernel, progress, setup};
 
 /// The guest's command line, the same for all but [`DEFAULTS`], whose machine has what `vmm` gives it.
 const CMDLINE: &str = "console=ttyS0 quiet loglevel=0 reboot=t panic=-1";
@@ -112,12 +112,14 @@ fn measure(vmm: &Path) -> Result<Record> {
             ("shell".into(), assets::shell_initramfs()?),
         ]),
         runs: our_runs(),
+        ..Plan::default()
     };
     let qemu = qemu_plan(&kernel.vmlinux)?;
+    let host = Host { timeout: TIME_LIMIT, ..Host::default() };
     let step = progress::step("Measuring on the instruction clock; this takes some minutes");
     let mut measured = thread::scope(|scope| {
-        let theirs = scope.spawn(|| in_emulated_host(&qemu));
-        let mut measured = in_emulated_host(&ours)?;
+        let theirs = scope.spawn(|| qemu.carry_out(&host));
+        let mut measured = ours.carry_out(&host)?;
         measured.extend(theirs.join().expect("a measurement does not panic")?);
         Ok::<_, anyhow::Error>(measured)
     })?;
@@ -134,7 +136,7 @@ fn measure(vmm: &Path) -> Result<Record> {
     let versions = BTreeMap::from([
         ("kernel".into(), kernel.package),
         ("small kernel".into(), small.package),
-        ("qemu".into(), qemu_version()?),
+        ("qemu".into(), qemu::version()?),
     ]);
     Ok(Record { versions, figures })
 }
@@ -170,60 +172,17 @@ fn our_runs() -> Vec<Run> {
     ]
 }
 
-/// QEMU with all that it loads, so that it too runs from memory alone.
-fn qemu_plan(vmlinux: &Path) -> Result<Plan> {
-    const LOADER: &str = "ld-linux-x86-64.so.2";
-    let program = "/usr/bin/qemu-system-x86_64";
-    let mut files = BTreeMap::from([
-        ("qemu".to_owned(), PathBuf::from(program)),
-        ("vmlinux".to_owned(), vmlinux.to_owned()),
-        ("reboot".to_owned(), assets::reboot_initramfs(false)?),
-    ]);
-    for line in apt::output(Command::new("ldd").arg(program))?.lines() {
-        // Each line is `NAME => PATH (ADDRESS)`, `PATH (ADDRESS)` for the loader, or a name without a file.
-        let path = line.split_whitespace().find(|word| word.starts_with('/')).map(PathBuf::from);
-        if let Some(path) = path {
-            let name = path.file_name().context("A library has no name")?.to_string_lossy().into_owned();
-            files.insert(name, path);
-        }
-    }
-    for firmware in fs::read_dir("/usr/share/qemu")? {
-        let firmware = firmware?;
-        let name = firmware.file_name().to_string_lossy().into_owned();
-        if name.ends_with(".bin") || name.ends_with(".rom") {
-            files.insert(name, firmware.path());
-        }
-    }
-    let options = "-M microvm,acpi=off -enable-kvm -cpu host -m 128 -display none -serial none -nodefaults \
-                   -no-user-config -no-reboot -kernel vmlinux -initrd reboot";
-    let words = [LOADER, "--library-path", ".", "./qemu", "-L", ".", "-append", CMDLINE].into_iter();
-    let words = words.chain(options.split_whitespace()).map(str::to_owned).collect();
-    let run = Run { name: QEMU.to_owned(), words, measure: Measure::Time { code: 0 } };
-    Ok(Plan { files, runs: vec![run] })
-}
-
 /// How many seconds an emulated host has for a plan.
 const TIME_LIMIT: u64 = 420;
 
-/// Has this program carry out a plan in an emulated host. QEMU has been seen to stand still, once in some dozens of hosts:
-/// it has a second chance, and says so.
-fn in_emulated_host(plan: &Plan) -> Result<BTreeMap<String, Measured>> {
-    try_in_emulated_host(plan).or_else(|error| {
-        eprintln!("Once more, because: {error:#}");
-        try_in_emulated_host(plan)
-    })
-}
-
-fn try_in_emulated_host(plan: &Plan) -> Result<BTreeMap<String, Measured>> {
-    let file = tempfile::NamedTempFile::new()?;
-    fs::write(file.path(), serde_json::to_string(plan)?)?;
-    let mut command = Command::new(std::env::current_exe()?);
-    command.args(["bench", "inside"]).arg(file.path());
-    let host = Host { timeout: TIME_LIMIT, ..Host::default() };
-    let output = host.output(&command)?;
-    let errors = String::from_utf8_lossy(&output.stderr);
-    ensure!(output.status.success(), "The measurement failed: {}", errors.trim());
-    serde_json::from_slice(&output.stdout).context("The measurement's output is not understood")
+/// QEMU with all that it loads, so that it too runs from memory alone.
+fn qemu_plan(vmlinux: &Path) -> Result<Plan> {
+    let mut files = qemu::files()?;
+    files.insert("vmlinux".to_owned(), vmlinux.to_owned());
+    files.insert("reboot".to_owned(), assets::reboot_initramfs(false)?);
+    let options = "-M microvm,acpi=off -m 128 -serial none -kernel vmlinux -initrd reboot";
+    let run = Run { name: QEMU.to_owned(), words: qemu::words(CMDLINE, options), measure: Measure::Time { code: 0 } };
+    Ok(Plan { files, runs: vec![run], ..Plan::default() })
 }
 
 /// What `vmm --boot-timer` says: nanoseconds from its `main` to the first guest instruction, and exits until init.
@@ -235,10 +194,6 @@ fn boot_timer(stderr: &str) -> Result<(u64, u64)> {
     let exits = exits.with_context(|| format!("No exits in: {stderr}"))?;
     let counts = exits.split_whitespace().filter_map(|word| word.split_once('=')?.1.parse::<u64>().ok());
     Ok((first * 1000, counts.sum()))
-}
-
-fn qemu_version() -> Result<String> {
-    apt::output(Command::new("dpkg-query").args(["--show", "--showformat", "${Version}", "qemu-system-x86"]))
 }
 
 fn print(record: &Record) {

@@ -7,18 +7,25 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::{BufReader, Read};
+use std::io::{BufRead, BufReader, Read};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use rustix::process::{Pid, Signal, kill_process};
 use serde::{Deserialize, Serialize};
+
+use crate::host::Host;
 
 /// A folder in the emulated host's memory.
 const FOLDER: &str = "/run/bench";
+
+/// How many exits all machines that there are now have made, by KVM (`debugfs`).
+const EXITS: &str = "/sys/kernel/debug/kvm/exits";
 
 /// The VMM's cache of kernels takes a file to be unchanged only when it has been so for two seconds.
 const SETTLED: Duration = Duration::from_secs(3);
@@ -42,7 +49,37 @@ pub(crate) struct Args {
 pub(super) struct Plan {
     /// Name in the folder, and the file to copy there.
     pub(super) files: BTreeMap<String, PathBuf>,
+    /// Commands that are run first, one after the other; a program is a path, or a name in the folder.
+    pub(super) prepare: Vec<Vec<String>>,
+    /// Commands that run for as long as there is something to measure.
+    pub(super) services: Vec<Vec<String>>,
     pub(super) runs: Vec<Run>,
+    /// Leave out the runs that fail, and say so on stderr.
+    pub(super) tolerant: bool,
+}
+
+impl Plan {
+    /// Has this program carry it out in an emulated host. Returns what was measured, by the names of the runs.
+    ///
+    /// QEMU has been seen to stand still, once in some dozens of hosts: it has a second chance, and says so.
+    pub(super) fn carry_out(&self, host: &Host) -> Result<BTreeMap<String, Measured>> {
+        self.try_in(host).or_else(|error| {
+            eprintln!("Once more, because: {error:#}");
+            self.try_in(host)
+        })
+    }
+
+    fn try_in(&self, host: &Host) -> Result<BTreeMap<String, Measured>> {
+        let file = tempfile::NamedTempFile::new()?;
+        fs::write(file.path(), serde_json::to_string(self)?)?;
+        let mut command = Command::new(std::env::current_exe()?);
+        command.args(["bench", "inside"]).arg(file.path());
+        let output = host.output(&command)?;
+        let errors = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "The measurement failed: {}", errors.trim());
+        eprint!("{errors}");
+        serde_json::from_slice(&output.stdout).context("The measurement's output is not understood")
+    }
 }
 
 /// A command line whose first word and paths are names in the folder.
@@ -63,6 +100,10 @@ pub(super) enum Measure {
     /// are not random: the host maps the other pages of the same 64 KiB along with a needed one, and where in a program
     /// those begin would be chance.
     Memory { line: String, ram: u64 },
+    /// What the command writes until it ends with `code`, which it does within `limit` seconds.
+    Lines { code: i32, limit: u64 },
+    /// The time from spawn until the command has written `text`, which it does within `limit` seconds.
+    Until { text: String, limit: u64 },
 }
 
 /// What a run gave.
@@ -72,6 +113,15 @@ pub(super) struct Measured {
     pub(super) value: u64,
     /// What the command wrote to stderr.
     pub(super) stderr: String,
+    /// What it wrote to stdout, where that was asked for.
+    pub(super) lines: Vec<Line>,
+}
+
+/// A line, and how many exits the host's machines had made when it came.
+#[derive(Serialize, Deserialize)]
+pub(super) struct Line {
+    pub(super) text: String,
+    pub(super) exits: u64,
 }
 
 /// Runs the verb: prints what was measured, by name, as JSON.
@@ -88,33 +138,125 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     for (name, file) in &plan.files {
         fs::copy(file, folder.join(name)).with_context(|| format!("Cannot copy {}", file.display()))?;
     }
+    for words in &plan.prepare {
+        let status =
+            words_command(words, folder)?.status().with_context(|| format!("Cannot run {}", words.join(" ")))?;
+        ensure!(status.success(), "{} ended with {status}", words.join(" "));
+    }
+    let mut services = Vec::new();
+    for words in &plan.services {
+        services
+            .push(words_command(words, folder)?.spawn().with_context(|| format!("Cannot run {}", words.join(" ")))?);
+    }
     thread::sleep(SETTLED);
     let mut measured = BTreeMap::new();
     for run in &plan.runs {
         let result = match &run.measure {
             Measure::Time { code } => time(run, folder, *code),
             Measure::Memory { line, ram } => memory(run, folder, line, *ram),
+            Measure::Lines { code, limit } => lines(run, folder, *code, *limit),
+            Measure::Until { text, limit } => until(run, folder, text, *limit),
         };
-        measured.insert(&run.name, result.with_context(|| format!("Cannot measure {}", run.name))?);
+        match result.with_context(|| format!("Cannot measure {}", run.name)) {
+            Ok(result) => drop(measured.insert(&run.name, result)),
+            Err(error) if plan.tolerant => eprintln!("{error:#}"),
+            Err(error) => return Err(error),
+        }
+    }
+    for mut service in services {
+        service.kill()?;
+        service.wait()?;
     }
     println!("{}", serde_json::to_string(&measured)?);
     Ok(())
 }
 
 fn command(run: &Run, folder: &Path) -> Result<Command> {
-    let (program, arguments) = run.words.split_first().context("There is no command")?;
     let mut command = match run.measure {
-        Measure::Time { .. } => Command::new(folder.join(program)),
         Measure::Memory { .. } => {
+            let program = words_command(&run.words, folder)?;
             let mut command = Command::new("setarch");
-            command.arg("--addr-no-randomize").arg(folder.join(program));
+            command.arg("--addr-no-randomize").arg(program.get_program()).args(program.get_args());
             command
         }
+        _ => words_command(&run.words, folder)?,
     };
-    command.args(arguments).current_dir(folder).stdin(Stdio::null()).stdout(Stdio::null());
-    command.env("XDG_CACHE_HOME", folder.join("cache")).env("LC_ALL", "C");
-    command.stderr(File::create(folder.join("stderr"))?);
+    surround(&mut command, folder).stderr(File::create(folder.join("stderr"))?);
     Ok(command)
+}
+
+fn words_command(words: &[String], folder: &Path) -> Result<Command> {
+    let (program, arguments) = words.split_first().context("There is no command")?;
+    let mut command = Command::new(folder.join(program));
+    command.args(arguments);
+    surround(&mut command, folder);
+    Ok(command)
+}
+
+/// Gives the command its place, no input, and nobody who reads its output.
+fn surround<'a>(command: &'a mut Command, folder: &Path) -> &'a mut Command {
+    command.current_dir(folder).stdin(Stdio::null()).stdout(Stdio::null());
+    command.env("XDG_CACHE_HOME", folder.join("cache")).env("LC_ALL", "C")
+}
+
+/// Starts the command and has `read` read what it writes. It is killed after `limit` seconds.
+fn read_output<T>(
+    run: &Run,
+    folder: &Path,
+    limit: u64,
+    read: impl FnOnce(&mut Child) -> Result<T>,
+) -> Result<(T, Child)> {
+    let mut child = command(run, folder)?.stdout(Stdio::piped()).spawn()?;
+    let process = Pid::from_child(&child);
+    let (done, over) = mpsc::channel::<()>();
+    let result = thread::scope(|scope| {
+        scope.spawn(move || {
+            if over.recv_timeout(Duration::from_secs(limit)) == Err(RecvTimeoutError::Timeout) {
+                // It is still there, at least as a zombie: nobody has waited for it.
+                let _ = kill_process(process, Signal::KILL);
+            }
+        });
+        let result = read(&mut child);
+        drop(done);
+        result
+    });
+    if result.is_err() {
+        child.kill()?;
+        child.wait()?;
+    }
+    Ok((result?, child))
+}
+
+fn lines(run: &Run, folder: &Path, code: i32, limit: u64) -> Result<Measured> {
+    let start = Instant::now();
+    let (lines, mut child) = read_output(run, folder, limit, |child| {
+        let mut lines = Vec::new();
+        for text in BufReader::new(child.stdout.take().context("It has no output")?).split(b'\n') {
+            let exits = fs::read_to_string(EXITS).unwrap_or_default().trim().parse().unwrap_or_default();
+            lines.push(Line { text: String::from_utf8_lossy(&text?).trim().to_owned(), exits });
+        }
+        Ok(lines)
+    })?;
+    let status = child.wait()?;
+    let stderr = fs::read_to_string(folder.join("stderr"))?;
+    ensure!(status.code() == Some(code), "It ended with {status}: {} {}", said(&lines), stderr.trim());
+    Ok(Measured { value: u64::try_from(start.elapsed().as_nanos())?, stderr, lines })
+}
+
+fn said(lines: &[Line]) -> String {
+    lines.iter().map(|line| line.text.as_str()).collect::<Vec<_>>().join("\n")
+}
+
+fn until(run: &Run, folder: &Path, text: &str, limit: u64) -> Result<Measured> {
+    let start = Instant::now();
+    let (elapsed, mut child) = read_output(run, folder, limit, |child| {
+        wait_for(child, text)?;
+        Ok(start.elapsed())
+    })?;
+    child.kill()?;
+    child.wait()?;
+    let stderr = fs::read_to_string(folder.join("stderr"))?;
+    Ok(Measured { value: u64::try_from(elapsed.as_nanos())?, stderr, lines: Vec::new() })
 }
 
 fn time(run: &Run, folder: &Path, code: i32) -> Result<Measured> {
@@ -128,7 +270,7 @@ fn time(run: &Run, folder: &Path, code: i32) -> Result<Measured> {
         let elapsed = start.elapsed();
         let stderr = fs::read_to_string(folder.join("stderr"))?;
         ensure!(status.code() == Some(code), "It ended with {status}: {}", stderr.trim());
-        Ok(Measured { value: u64::try_from(elapsed.as_nanos())?, stderr })
+        Ok(Measured { value: u64::try_from(elapsed.as_nanos())?, stderr, lines: Vec::new() })
     };
     once(None)?;
     let second = once(None)?;
@@ -154,7 +296,7 @@ fn memory(run: &Run, folder: &Path, line: &str, ram: u64) -> Result<Measured> {
     });
     child.kill()?;
     child.wait()?;
-    Ok(Measured { value: value?, stderr: fs::read_to_string(folder.join("stderr"))? })
+    Ok(Measured { value: value?, stderr: fs::read_to_string(folder.join("stderr"))?, lines: Vec::new() })
 }
 
 /// Reads what the command writes until `text` has come.

@@ -1,0 +1,160 @@
+//! The loads of `bench io`: what the guest is told to do, and what its lines say.
+
+use anyhow::{Context, Result};
+
+use super::inside::Line;
+
+/// One load.
+pub(super) struct Load {
+    pub(super) name: &'static str,
+    kind: Kind,
+    /// How often QEMU's speed is asked for.
+    pub(super) asked: f64,
+    /// Requests, or MiB of a stream, in the short run of it.
+    amount: u64,
+}
+
+enum Kind {
+    /// What fio does, blocks of so many KiB, so many at once.
+    Disk(&'static str, u64, u64),
+    /// The guest sends.
+    Send,
+    /// The host sends.
+    Receive,
+    Respond,
+}
+
+/// What a load gave.
+#[derive(Clone, Copy)]
+pub(super) struct Figure {
+    /// Of a request, or a MiB.
+    pub(super) nanoseconds: u64,
+    /// Exits of a thousand requests, or of a thousand MiB.
+    pub(super) exits: u64,
+}
+
+/// How many times the short run the long one is.
+const LONGER: u64 = 3;
+
+const fn disk(name: &'static str, (mode, block, depth): (&'static str, u64, u64), amount: u64, asked: f64) -> Load {
+    Load { name, kind: Kind::Disk(mode, block, depth), asked, amount }
+}
+
+pub(super) const DISK: [Load; 6] = [
+    disk("disk, random read 4 KiB, depth 32", ("randread", 4, 32), 1024, 2.2),
+    disk("disk, random write 4 KiB, depth 32", ("randwrite", 4, 32), 1024, 1.6),
+    disk("disk, random read 4 KiB, depth 1", ("randread", 4, 1), 512, 1.2),
+    disk("disk, random write 4 KiB, depth 1", ("randwrite", 4, 1), 512, 1.2),
+    disk("disk, sequential read 128 KiB, depth 32", ("read", 128, 32), 128, 1.2),
+    disk("disk, sequential write 128 KiB, depth 32", ("write", 128, 32), 128, 1.2),
+];
+pub(super) const NET: [Load; 3] = [
+    Load { name: "network, guest to host", kind: Kind::Send, asked: 1.7, amount: 8 },
+    Load { name: "network, host to guest", kind: Kind::Receive, asked: 1.4, amount: 8 },
+    Load { name: "network, request and response", kind: Kind::Respond, asked: 1.0, amount: 200 },
+];
+
+/// What the guest is told, for `scale` times the amounts.
+pub(super) fn script(loads: &[&Load], scale: u64) -> String {
+    let commands = loads.iter().flat_map(|load| {
+        [("short", 1), ("long", LONGER)].map(|(run, times)| {
+            let (tag, amount) = (format!("{}-{run}", load.tag()), load.amount * times * scale);
+            match load.kind {
+                Kind::Disk(mode, block, depth) => format!("disk {tag} {mode} {block}k {depth} {}k", amount * block),
+                Kind::Send => format!("stream {tag} {amount}M"),
+                Kind::Receive => format!("stream {tag} {amount}M -R"),
+                Kind::Respond => format!("respond {tag} {amount}"),
+            }
+        })
+    });
+    commands.collect::<Vec<_>>().join("; ")
+}
+
+impl Load {
+    fn tag(&self) -> String {
+        match self.kind {
+            Kind::Disk(mode, block, depth) => format!("{mode}{block}-{depth}"),
+            Kind::Send => "send".to_owned(),
+            Kind::Receive => "receive".to_owned(),
+            Kind::Respond => "respond".to_owned(),
+        }
+    }
+
+    /// What the guest's lines say of this load, at `scale` times the amounts; nothing if they do not name it.
+    pub(super) fn figure(&self, lines: &[Line], scale: u64) -> Result<Option<Figure>> {
+        let Some((_, short)) = outcome(lines, &format!("{}-short", self.tag()))? else { return Ok(None) };
+        let Some((value, long)) = outcome(lines, &format!("{}-long", self.tag()))? else { return Ok(None) };
+        let nanoseconds = match self.kind {
+            Kind::Disk(..) => 1e9 / value,
+            Kind::Send | Kind::Receive => f64::from(8 << 20) * 1e9 / value,
+            Kind::Respond => value,
+        };
+        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "it is positive and far from 2^53")]
+        let nanoseconds = nanoseconds.round() as u64;
+        let exits = long.saturating_sub(short) * 1000 / ((LONGER - 1) * self.amount * scale);
+        Ok(Some(Figure { nanoseconds, exits }))
+    }
+
+    /// The figure in the unit that people use.
+    pub(super) fn shown(&self, figure: &Figure) -> String {
+        #[expect(clippy::cast_precision_loss, reason = "figures have fewer than 53 bits")]
+        let nanoseconds = figure.nanoseconds as f64;
+        match self.kind {
+            Kind::Disk(..) => format!("{:.0}/s", 1e9 / nanoseconds),
+            Kind::Send | Kind::Receive => format!("{:.2} Gb/s", f64::from(8 << 20) / nanoseconds),
+            Kind::Respond => format!("{:.1} us", nanoseconds / 1e3),
+        }
+    }
+}
+
+/// The value of the line `TAG = VALUE`, and the exits from `begin TAG` to it.
+fn outcome(lines: &[Line], tag: &str) -> Result<Option<(f64, u64)>> {
+    let begin = lines.iter().find(|line| line.text.strip_prefix("begin ") == Some(tag));
+    let end = lines.iter().find_map(|line| Some((line, line.text.strip_prefix(tag)?.strip_prefix(" = ")?)));
+    let (Some(begin), Some((end, value))) = (begin, end) else { return Ok(None) };
+    let value: f64 = value.parse().with_context(|| format!("{:?} has no figure", end.text))?;
+    anyhow::ensure!(value > 0.0, "{:?} is no figure", end.text);
+    Ok(Some((value, end.exits.saturating_sub(begin.exits))))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn lines(lines: &[(&str, u64)]) -> Vec<Line> {
+        lines.iter().map(|(text, exits)| Line { text: (*text).to_owned(), exits: *exits }).collect()
+    }
+
+    #[test]
+    fn a_figure_is_that_of_the_long_run_and_its_exits_are_the_difference_of_both() {
+        let all = lines(&[
+            ("begin randread4-32-short", 1000),
+            ("randread4-32-short = 10000", 4000),
+            ("begin randread4-32-long", 5000),
+            ("randread4-32-long = 20000.5", 12_096),
+        ]);
+        let figure = DISK[0].figure(&all, 1).unwrap().unwrap();
+        assert_eq!((figure.nanoseconds, figure.exits), (49_999, 2000));
+        assert_eq!(DISK[0].figure(&all, 2).unwrap().unwrap().exits, 1000);
+    }
+
+    #[test]
+    fn a_load_that_the_guest_did_not_end_has_no_figure() {
+        let begun = lines(&[("begin send-short", 1), ("send-short = 8", 2), ("begin send-long", 3)]);
+        assert!(NET[0].figure(&begun, 1).unwrap().is_none());
+    }
+
+    #[test]
+    fn a_tool_that_failed_in_the_guest_is_an_error() {
+        let failed = lines(&[("begin respond-short", 1), ("respond-short = ", 2)]);
+        assert!(NET[2].figure(&failed, 1).is_err());
+        let nothing = lines(&[("begin send-short", 1), ("send-short = 0", 2)]);
+        assert!(NET[0].figure(&nothing, 1).is_err());
+    }
+
+    #[test]
+    fn every_load_fits_on_the_kernel_s_command_line() {
+        let all: Vec<&Load> = DISK.iter().chain(&NET).collect();
+        assert!(script(&all, 1000).len() < 1900);
+    }
+}
