@@ -3,6 +3,7 @@
 //! Flags, file and API share it. A new device is a folder of its own, a field here, and its line in each method.
 
 use std::collections::HashSet;
+use std::iter;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -136,13 +137,40 @@ impl Devices {
         !self.share.is_empty() || self.net.iter().any(|net| net.vhost_user.is_some())
     }
 
-    /// The names by which the devices are addressed.
-    fn ids(&self) -> impl Iterator<Item = String> {
-        let disks = self.disk.iter().map(BlockSpec::id).chain(self.pmem.iter().map(PmemSpec::id));
-        let disks = disks.chain(self.net.iter().map(NetSpec::id));
-        let rest = self.rng.iter().map(RngSpec::id).chain(self.vsock.iter().map(VsockSpec::id));
-        let rest = rest.chain(self.share.iter().map(ShareSpec::id));
-        disks.chain(rest.chain(self.balloon.iter().map(BalloonSpec::id)).map(str::to_owned))
+    /// These devices, each with a name of its own: the one that was said, or that of its kind or file, with a number
+    /// behind it where another has that already.
+    fn named(&self) -> anyhow::Result<Self> {
+        let mut devices = self.clone();
+        let mut names = devices.names();
+        let mut taken = HashSet::new();
+        let said = names.iter().filter_map(|(id, _)| id.as_ref());
+        if let Some(id) = said.into_iter().find(|id| !taken.insert((*id).clone())) {
+            bail!("Two devices are called {id}: give one of them another name with id=NAME");
+        }
+        for (id, name) in names.iter_mut().filter(|(id, _)| id.is_none()) {
+            let numbered = (2..).map(|number| format!("{name}-{number}"));
+            **id = iter::once(name.clone()).chain(numbered).find(|name| taken.insert(name.clone()));
+        }
+        Ok(devices)
+    }
+
+    /// For each device the name that was said, and the one that it has otherwise.
+    fn names(&mut self) -> Vec<(&mut Option<String>, String)> {
+        fn of<T>(
+            specs: &mut [T],
+            name: impl Fn(&mut T) -> (String, &mut Option<String>),
+        ) -> Vec<(&mut Option<String>, String)> {
+            specs.iter_mut().map(name).map(|(name, id)| (id, name)).collect()
+        }
+        let Self { disk, pmem, net, rng, vsock, share, balloon } = self;
+        let mut names = of(disk, |spec| (spec.id(), &mut spec.id));
+        names.extend(of(pmem, |spec| (spec.id(), &mut spec.id)));
+        names.extend(of(net, |spec| (spec.id(), &mut spec.id)));
+        names.extend(of(rng, |spec| (spec.id().to_owned(), &mut spec.id)));
+        names.extend(of(vsock, |spec| (spec.id().to_owned(), &mut spec.id)));
+        names.extend(of(share, |spec| (spec.id().to_owned(), &mut spec.id)));
+        names.extend(of(balloon, |spec| (spec.id().to_owned(), &mut spec.id)));
+        names
     }
 
     /// Makes the devices and attaches them, in the order of this list. `vm` is the machine's name. Gives what they can
@@ -150,38 +178,35 @@ impl Devices {
     ///
     /// # Errors
     ///
-    /// What was asked for cannot be had; two have the same name; the machine has no place for one.
+    /// What was asked for cannot be had; two were given the same name; the machine has no place for one.
     pub fn attach(&self, vm: Option<&str>, to: &mut impl Attach) -> anyhow::Result<Controls> {
-        let mut seen = HashSet::new();
-        if let Some(id) = self.ids().find(|id| !seen.insert(id.clone())) {
-            bail!("Two devices are called {id}: give one of them another name with id=NAME");
-        }
+        let devices = self.named()?;
         let mut controls = Controls::default();
-        for spec in &self.disk {
+        for spec in &devices.disk {
             let device = Block::open(spec)?;
             let handle = to.attach(format!("disk {}", device.id()), spec.transport, device)?;
             controls.disks.push((spec.id(), handle));
         }
-        for spec in &self.pmem {
+        for spec in &devices.pmem {
             let file = Arc::new(pmem::open(spec)?);
             let address = to.place(file.clone())?;
             to.attach(format!("pmem {}", spec.id()), spec.transport, Pmem::new(file, address))?;
         }
-        for spec in &self.net {
+        for spec in &devices.net {
             let device = Net::open(spec, vm)?;
             to.attach(format!("net {}", device.id()), spec.transport, device)?;
         }
-        for spec in &self.rng {
+        for spec in &devices.rng {
             to.attach(spec.id().to_owned(), spec.transport, Rng::new(spec)?)?;
         }
-        for spec in &self.vsock {
+        for spec in &devices.vsock {
             to.attach(spec.id().to_owned(), spec.transport, Vsock::new(spec)?)?;
         }
-        for spec in &self.share {
+        for spec in &devices.share {
             let device = Fs::open(spec)?;
             to.attach(format!("share {}", device.id()), spec.transport, device)?;
         }
-        for spec in &self.balloon {
+        for spec in &devices.balloon {
             let handle = to.attach(spec.id().to_owned(), spec.transport, Balloon::new(spec)?)?;
             controls.balloons.push((spec.id().to_owned(), handle));
         }
@@ -212,6 +237,22 @@ fn merge<T>(ours: Vec<T>, mut theirs: Vec<T>, id: impl Fn(&T) -> Option<&str>) -
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn each_device_has_a_name_of_its_own() {
+        let disk = ["/a/root.img", "/b/root.raw", "c.img,id=root-2", "/d/root"].map(|text| kv::from_str(text).unwrap());
+        let net = ["user", "user"].map(|text| kv::from_str(text).unwrap());
+        let devices = Devices { disk: disk.to_vec(), net: net.to_vec(), ..Devices::default() };
+        let names: Vec<String> = devices.named().unwrap().names().into_iter().map(|(_, name)| name).collect();
+        assert_eq!(names, ["root", "root-3", "root-2", "root-4", "user", "user-2"]);
+    }
+
+    #[test]
+    fn a_name_that_was_given_twice_is_refused() {
+        let rng = vec![kv::from_str("id=root").unwrap()];
+        let devices = Devices { disk: vec![kv::from_str("a,id=root").unwrap()], rng, ..Devices::default() };
+        assert!(devices.named().unwrap_err().to_string().contains("called root"));
+    }
 
     #[test]
     fn a_device_replaces_the_one_with_its_id_and_another_comes_after() {
