@@ -276,7 +276,9 @@ fn children(guest: &Guest) -> Vec<Pid> {
 fn shared_folders(transport: &str) {
     let folder = Folder::new();
     let (open, fixed) = (folder.path("open, to all"), folder.path("fixed"));
-    [&open, &fixed].map(|folder| fs::create_dir(folder).expect("there is room for files"));
+    for folder in [&open, &fixed] {
+        fs::create_dir(folder).expect("there is room for files");
+    }
     fs::write(fixed.join("there"), pattern(7)).expect("there is room for files");
     let shares = [format!(r#"path="{}",tag=open"#, open.display()), format!("{},tag=fixed,readonly", fixed.display())];
     let mut guest = boot(&["--transport", transport, "--share", &shares[0], "--share", &shares[1]]);

@@ -42,6 +42,8 @@ pub(crate) fn run(_args: Args) -> anyhow::Result<()> {
     for (name, arguments) in [
         ("formatting (cure: cargo fmt --all)", &["fmt", "--all", "--check"][..]),
         ("clippy", &["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"][..]),
+        // Those with `test = false` are not among all targets.
+        ("clippy of the integration tests", &["clippy", "--workspace", "--test", "*", "--", "-D", "warnings"][..]),
     ] {
         let status = Command::new(cargo()).args(arguments).current_dir(&root).status();
         if !status.with_context(|| format!("Cannot run cargo {}", arguments[0]))?.success() {

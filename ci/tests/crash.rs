@@ -3,6 +3,8 @@
 //! The host is an emulated one with a disk, the disk is the guest's, and QEMU is killed in the middle of the guest's
 //! writes. With it goes what neither the guest nor the VMM had flushed: the host's page cache and the VMM's own.
 
+#![allow(clippy::unwrap_used, reason = "a test that panics has failed")]
+
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};

@@ -1,5 +1,7 @@
 //! `cargo xtask host` as its users see it: each test starts a real emulated host.
 
+#![allow(clippy::unwrap_used, reason = "a test that panics has failed")]
+
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
