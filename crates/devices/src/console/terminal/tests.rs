@@ -18,9 +18,11 @@ const ROLE: &str = "VMM_TEST_ROLE";
 
 /// The VM: it repeats what is typed, and takes capital letters as orders.
 fn vm() -> ! {
-    // Other tests of this process ignore it, and what is ignored stays so across exec.
-    // SAFETY: no handler is installed.
-    unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_DFL) };
+    // Other tests of this process ignore the one, nohup(1) the other, and what is ignored stays so across exec.
+    for signal in [libc::SIGXFSZ, libc::SIGHUP] {
+        // SAFETY: no handler is installed.
+        unsafe { libc::signal(signal, libc::SIG_DFL) };
+    }
     let (quit, asked) = std::sync::mpsc::channel();
     let quit = Box::new(move || quit.send(()).unwrap());
     let mut rig = Rig::new(Console::open(&SerialSpec::Stdio, quit).unwrap());
