@@ -16,7 +16,7 @@ use kvm::Host;
 use machine::{
     BootTimer, ConfigError, ControlError, ControlRequest, Live, OnEnd, Outcome, Paused, Surroundings, VmConfig,
 };
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::consoles::{Consoles, EventLoop};
 use crate::exit::{Usage, code_of_outcome, code_of_signal};
@@ -32,6 +32,8 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 /// for good.
 pub(crate) fn boot(config: &VmConfig, api_socket: Option<&Path>, start: Instant) -> anyhow::Result<ExitCode> {
     let mut config = config.clone();
+    // What is shown of them and what they answer to is the same.
+    config.devices = config.devices.named().map_err(|error| Usage(format!("{error:#}")))?;
     let timer = Arc::new(BootTimer::new(start));
     let name = config.name.clone().unwrap_or_else(|| "vmm".into());
     // What the process list shows; the kernel keeps fifteen bytes of it.
@@ -139,7 +141,7 @@ impl MainLoop {
         let signals = Signals::block().context("Cannot receive signals")?;
         kvm::install_kick_handler()?;
         let signals = Rc::new(RefCell::new(signals));
-        let ended = EventFd::new(EFD_NONBLOCK).context("Cannot make an eventfd")?;
+        let ended = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).context("Cannot make an eventfd")?;
         let mut events = EventLoop::new().map_err(|error| anyhow::anyhow!("Cannot make an event loop: {error}"))?;
         events.add_subscriber(signals.clone());
         // Its thread is to have the signals blocked, too.

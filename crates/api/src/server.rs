@@ -9,7 +9,7 @@ use std::os::unix::fs::MetadataExt as _;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -92,7 +92,7 @@ impl Server {
         let (called, wake) = (eventfd(EFD_SEMAPHORE)?, Arc::new(eventfd(0)?));
         let (sender, messages) = channel();
         let mailbox = Mailbox { sender, wake };
-        let (call, calls) = channel();
+        let (call, calls) = sync_channel(MOST_CONNECTIONS);
         let listener = unix::listen(path, BACKLOG, "--api-socket")?;
         let event_loop = Loop {
             epoll: Epoll::new().context("Cannot make an event loop")?,
@@ -148,7 +148,7 @@ struct Loop {
     /// By the numbers that epoll reports, which are never used again.
     connections: BTreeMap<u64, Client>,
     next: u64,
-    call: Sender<Call>,
+    call: SyncSender<Call>,
     called: EventFd,
     messages: Receiver<Message>,
     mailbox: Mailbox,
@@ -294,7 +294,7 @@ impl Loop {
 fn pump(
     connection: &mut Connection,
     id: u64,
-    (call, called): (&Sender<Call>, &EventFd),
+    (call, called): (&SyncSender<Call>, &EventFd),
     mailbox: &Mailbox,
 ) -> io::Result<()> {
     connection.send()?;
@@ -302,9 +302,11 @@ fn pump(
         match route(&request, file) {
             Routed::Answer(response) => connection.answer(&response),
             Routed::Ask(request, render) => {
-                // Without a machine's thread there is nobody to answer, and soon no socket.
-                let _ = call.send(Call { request, render, connection: id, mailbox: mailbox.clone() });
-                let _ = called.write(1);
+                // Clients that have gone leave their requests behind, with files in them: these have an end, too.
+                match call.try_send(Call { request, render, connection: id, mailbox: mailbox.clone() }) {
+                    Ok(()) => drop(called.write(1)),
+                    Err(_) => connection.answer(&Response::fault(503, "The machine is busy: try again")),
+                }
             }
         }
         connection.send()?;

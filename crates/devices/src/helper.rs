@@ -14,6 +14,8 @@ use vmm_sys_util::timerfd::TimerFd;
 /// early.
 const PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+/// The most characters of a program's words that the log takes.
+const LONGEST_LINE: usize = 300;
 
 /// Says when something that has gone is tried again. Watch it as a descriptor.
 pub(crate) struct Backoff {
@@ -50,11 +52,6 @@ impl Backoff {
         }
     }
 
-    /// Whether the timer runs.
-    pub(crate) fn is_waiting(&self) -> bool {
-        self.waiting
-    }
-
     /// To call when the descriptor is ready. Whether the time has come.
     pub(crate) fn due(&mut self) -> bool {
         // While the timer runs, reading it would block.
@@ -85,14 +82,16 @@ impl Words {
         Ok((Self(ours), theirs.into()))
     }
 
-    /// The last line of what it said, as a part of a sentence.
+    /// The last line of what it said, as a part of a sentence. Of one that said more than a socket holds it is the last
+    /// that there was room for.
     pub(crate) fn last(&self) -> String {
         let mut said = Vec::new();
         // More than a socket holds is not there; the error is that the program, or a child of it, can say more.
         let _ = (&self.0).take(1 << 20).read_to_end(&mut said);
         let said = String::from_utf8_lossy(&said);
         let line = said.lines().rev().find(|line| !line.trim().is_empty());
-        line.map_or_else(String::new, |line| format!(": {}", line.trim().replace(char::is_control, " ")))
+        let line = line.map(|line| line.trim().chars().take(LONGEST_LINE).collect::<String>());
+        line.map_or_else(String::new, |line| format!(": {}", line.replace(char::is_control, " ")))
     }
 }
 

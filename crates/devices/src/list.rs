@@ -139,7 +139,11 @@ impl Devices {
 
     /// These devices, each with a name of its own: the one that was said, or that of its kind or file, with a number
     /// behind it where another has that already.
-    fn named(&self) -> anyhow::Result<Self> {
+    ///
+    /// # Errors
+    ///
+    /// Two were given the same.
+    pub fn named(&self) -> anyhow::Result<Self> {
         let mut devices = self.clone();
         let mut names = devices.names();
         let mut taken = HashSet::new();
@@ -201,6 +205,10 @@ impl Devices {
         }
         for spec in &devices.vsock {
             to.attach(spec.id().to_owned(), spec.transport, Vsock::new(spec)?)?;
+        }
+        let mut tags = HashSet::new();
+        if let Some(share) = devices.share.iter().find(|share| !tags.insert(&share.tag)) {
+            bail!("Two shared folders have tag={}: a guest could mount only one of them, say another", share.tag);
         }
         for spec in &devices.share {
             let device = Fs::open(spec)?;

@@ -122,7 +122,10 @@ impl VmConfig {
         let kernel = self.kernel.iter_mut().map(|kernel| &mut kernel.path);
         let consoles = self.serial.iter_mut().chain(&mut self.console).filter_map(SerialSpec::path);
         for path in kernel.chain(&mut self.initrd).chain(consoles).chain(self.devices.paths()) {
-            *path = folder.join(&*path);
+            // One that is missing is refused later, and is not the folder.
+            if !path.as_os_str().is_empty() {
+                *path = folder.join(&*path);
+            }
         }
     }
 }

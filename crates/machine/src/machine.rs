@@ -20,7 +20,7 @@ use kvm::x86::regs::Entry;
 use kvm::{Host, Vcpu, Vm};
 use memory::{Ram, layout};
 use vm_memory::{Bytes, GuestAddress};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::config::VmConfig;
 use crate::counts::{ExitCounts, Sum};
@@ -270,7 +270,7 @@ pub(crate) struct Lines(RefCell<Vec<(u32, EventFd)>>);
 
 impl Lines {
     pub(crate) fn add(&self, gsi: u32) -> anyhow::Result<EventFd> {
-        let line = EventFd::new(EFD_NONBLOCK).context("Cannot make an eventfd")?;
+        let line = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).context("Cannot make an eventfd")?;
         self.0.borrow_mut().push((gsi, line.try_clone().context("Cannot duplicate an eventfd")?));
         Ok(line)
     }

@@ -77,14 +77,17 @@ impl FileRegion {
     /// number as the last time says that nothing was wrong with the region.
     pub fn heal(&self) -> u64 {
         let mut backed = self.backed.lock().unwrap_or_else(PoisonError::into_inner);
-        let now = self.file.metadata().map_or(0, |metadata| pages(metadata.len()));
+        // A file system that does not answer has taken nothing away.
+        let now = self.file.metadata().map_or(*backed, |metadata| pages(metadata.len()));
         if now < *backed && self.put_zeros(now, usize::try_from(*backed - now).unwrap_or(usize::MAX)).is_ok() {
             *backed = now;
-            self.losses.fetch_add(1, Ordering::AcqRel);
-            let name = &self.name;
-            log::warn!(
-                "{name} has become shorter while a guest uses it: the guest goes on with zeros from {now:#x} on"
-            );
+            // Once, however often it gets shorter.
+            if self.losses.fetch_add(1, Ordering::AcqRel) == 0 {
+                let name = &self.name;
+                log::warn!(
+                    "{name} has become shorter while a guest uses it: the guest goes on with zeros from {now:#x} on"
+                );
+            }
         }
         self.losses.load(Ordering::Acquire)
     }

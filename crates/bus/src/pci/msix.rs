@@ -11,7 +11,7 @@
 use std::io;
 use std::sync::Arc;
 
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::config::Config;
 
@@ -186,7 +186,7 @@ impl Vector {
     fn new(router: &dyn MsiRouter) -> io::Result<Self> {
         let mut entry = [0; ENTRY];
         entry[ENTRY_CONTROL] = ENTRY_MASKED;
-        let line = EventFd::new(EFD_NONBLOCK)?;
+        let line = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
         Ok(Self { line, route: router.allocate()?, entry, routed: None, connected: false })
     }
 

@@ -24,7 +24,7 @@ mod tests;
 
 pub use handler::BlockHandler;
 pub use spec::{BlockSpec, Cache, EngineSpec, Format, OnFull, Opened};
-pub(crate) use sys::lock;
+pub(crate) use sys::{lock, reserve};
 
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;

@@ -60,6 +60,16 @@ pub(crate) fn lock(file: &File, exclusive: bool) -> io::Result<()> {
     set_lock(file, if exclusive { libc::F_WRLCK } else { libc::F_RDLCK })
 }
 
+/// Makes room on the host for all of a file, so that none is missing later.
+pub(crate) fn reserve(file: &File, size: u64) -> io::Result<()> {
+    let size = libc::off_t::try_from(size).map_err(io::Error::other)?;
+    // SAFETY: no memory is passed.
+    match unsafe { libc::fallocate(file.as_raw_fd(), 0, 0, size) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// Gives the lock back, before the last descriptor goes: the kernel may hold one for a while after io_uring has ended.
 pub(super) fn unlock(file: &File) {
     // A file without locks has none to give back.

@@ -129,6 +129,8 @@ impl Daemon {
     pub(super) fn end(&mut self) {
         if let Some(mut running) = self.running.take() {
             end(&mut running.child);
+            // A guest that ends and starts it over and over waits for it, longer each time.
+            self.backoff.schedule(running.started.elapsed());
         }
     }
 }

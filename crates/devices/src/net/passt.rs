@@ -72,7 +72,7 @@ impl Passt {
         Ok(passt)
     }
 
-    /// Starts it, unless it runs.
+    /// Starts it.
     fn start(&mut self) -> io::Result<()> {
         let (socket, theirs) = UnixStream::pair()?;
         let (words, their_words) = Words::pair()?;
@@ -90,7 +90,9 @@ impl Passt {
 
     /// The timer is ready. Returns whether it runs; otherwise the timer will be ready again.
     pub(super) fn restart(&mut self, name: &str) -> bool {
-        self.backoff.due();
+        if !self.backoff.due() || self.running.is_some() {
+            return self.running.is_some();
+        }
         match self.start() {
             Ok(()) => log::info!("{name}: {} runs again", self.program),
             Err(error) => {

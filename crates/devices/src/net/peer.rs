@@ -49,8 +49,8 @@ impl Peer {
         let place = path.display();
         match peer.connect() {
             Ok(()) => Ok(peer),
-            Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => {
-                log::warn!("Nobody listens at {place} yet: the link is down until somebody does");
+            Err(error) if is_absence(&error) => {
+                log::warn!("Nobody answers at {place} yet: the link is down until somebody does");
                 Ok(peer)
             }
             Err(error) => Err(error).with_context(|| {
@@ -91,6 +91,15 @@ impl Peer {
     }
 }
 
+/// Whether nobody is there, or nobody who has the time to answer: at a start as later, one may come.
+fn is_absence(error: &io::Error) -> bool {
+    use ErrorKind::{BrokenPipe, ConnectionRefused, ConnectionReset, NotFound, TimedOut, UnexpectedEof, WouldBlock};
+    matches!(
+        error.kind(),
+        NotFound | ConnectionRefused | TimedOut | UnexpectedEof | WouldBlock | ConnectionReset | BrokenPipe
+    )
+}
+
 /// Watches over what the other does.
 pub struct PeerHandler {
     name: String,
@@ -118,9 +127,8 @@ impl PeerHandler {
         let Active { memory, config_change, .. } = active;
         let features = active.features & !(feature::MAC | feature::STATUS | feature::MTU);
         let mut handler = Self { name, peer, queues, memory, features, link, config_change };
-        if !handler.peer.backoff.is_waiting() {
-            handler.hand_over();
-        }
+        // By the I/O thread: this one is a processor's, and the other may take its time.
+        handler.peer.backoff.hurry();
         Ok(handler)
     }
 
@@ -140,7 +148,7 @@ impl PeerHandler {
         let result = self.peer.hand_over(&self.queues, &self.memory, self.features);
         match &result {
             Ok(()) => {
-                log::info!("{}: {} has the queues, the link is up", self.name, self.peer.path.display());
+                log::debug!("{}: {} has the queues, the link is up", self.name, self.peer.path.display());
                 self.set_link(true);
             }
             Err(error) => self.lost(error),
@@ -192,8 +200,13 @@ impl Handler for PeerHandler {
                 }
             }
             RETRY => {
-                if self.peer.backoff.due()
-                    && self.hand_over()
+                if !self.peer.backoff.due() {
+                    return Ok(());
+                }
+                if let Some(connection) = &self.peer.connection {
+                    watch.remove(connection);
+                }
+                if self.hand_over()
                     && let Some(connection) = &self.peer.connection
                     && let Err(error) = watch.add(connection, PEER)
                 {

@@ -94,8 +94,20 @@ pub fn open(spec: &PmemSpec) -> anyhow::Result<FileRegion> {
         size if !spec.readonly && !size.is_multiple_of(BLOCK) => {
             bail!("{name} has {size} bytes, which is no multiple of 2M: lengthen it (`truncate -s %2M {name}`)")
         }
-        _ => FileRegion::new(file, name.to_string(), spec.readonly).with_context(|| format!("Cannot map {name}")),
+        size if !spec.readonly => match block::reserve(&file, size) {
+            Err(error) if error.kind() == io::ErrorKind::StorageFull => {
+                bail!("There is no room on the host for all of {name}, {size} bytes: make some, or a smaller file")
+            }
+            // Where a file system cannot do that, a page that it has no room for ends the guest.
+            _ => map(file, spec),
+        },
+        _ => map(file, spec),
     }
+}
+
+fn map(file: File, spec: &PmemSpec) -> anyhow::Result<FileRegion> {
+    let name = spec.path.display();
+    FileRegion::new(file, name.to_string(), spec.readonly).with_context(|| format!("Cannot map {name}"))
 }
 
 fn open_file(spec: &PmemSpec) -> anyhow::Result<File> {
@@ -190,9 +202,9 @@ pub struct PmemHandler {
 impl PmemHandler {
     /// Takes the flushes that are there, and answers what is none.
     fn take(&mut self) -> Result<(), GuestFault> {
-        while self.waiting.len() < QUEUE_SIZE.into()
-            && let Some(mut chain) = self.queue.pop()?
-        {
+        // Up to the one that is not there, since only looking for that one asks for the next kick. The queue never gives
+        // out more chains than it has entries.
+        while let Some(mut chain) = self.queue.pop()? {
             let mut kind = [0; 4];
             chain.read_at(0, &mut kind)?;
             match u32::from_le_bytes(kind) {

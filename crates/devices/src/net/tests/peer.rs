@@ -89,11 +89,20 @@ fn the_link_is_down_while_nobody_is_there_and_what_waits_goes_to_who_comes() {
 }
 
 #[test]
-fn one_who_listens_and_does_not_speak_is_refused_at_the_start_and_later_tried_again() {
+fn one_who_does_not_speak_may_do_so_later_and_one_who_speaks_of_something_else_is_refused() {
     let folder = tempfile::tempdir().unwrap();
     let path = place(&folder);
-    let _silent = UnixListener::bind(&path).unwrap();
+    let listener = UnixListener::bind(&path).unwrap();
+    open(&format!("vhost-user={}", path.display()));
+    // The one who was not answered has gone; the next is answered by what is no answer.
+    listener.accept().unwrap();
+    let speaker = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        io::Write::write_all(&mut stream, &[b'?'; 64]).unwrap();
+        stream
+    });
     let error = refusal(&format!("vhost-user={}", path.display()));
+    speaker.join().unwrap();
     assert!(error.contains("switch") && error.contains("name the one"), "{error}");
     let error = refusal(&format!("vhost-user={}", "x".repeat(200)));
     assert!(error.contains("name the one"), "{error}");
