@@ -1,5 +1,5 @@
-//! Disks, network cards, random numbers, sockets, shared folders and the balloon, as guests with the small kernel use
-//! them, on PCI and behind memory-mapped registers.
+//! Disks, persistent memory, network cards, random numbers, sockets, shared folders and the balloon, as guests with the
+//! small kernel use them, on PCI and behind memory-mapped registers.
 //!
 //! A guest costs seconds, so there are few, each asked much. What is refused without a guest is in `bad_devices`.
 
@@ -211,6 +211,55 @@ fn qcow2_images_and_overlays_hold_file_systems() {
         assert!(raw.chunks(KIB).any(|block| block == start), "QEMU finds the guest's file in {image}");
     }
     try_devices(&["--disk", &disks[0], "--disk", &disks[1]]).assert(0, "the guest powered off");
+}
+
+#[test]
+fn persistent_memory_is_its_file_until_somebody_takes_it_away() {
+    let folder = Folder::new();
+    let (data, fixed) = (folder.image("data.img", 16 * MIB), folder.text("fixed.img"));
+    run("mke2fs", &["-q", "-t", "ext4", "-b", "4096", &data]);
+    fs::write(&fixed, pattern(7)).expect("there is room for files");
+    let mut guest = boot(&["--pmem", &data, "--pmem", &format!("{fixed},readonly")]);
+    try_devices(&["--pmem", &data]).assert_refused(&[&data, "locked"]);
+    assert_eq!(guest.number("cat /sys/block/pmem0/size"), 16 * MIB / 512);
+
+    let fixed_sum = format!("head -c {} /dev/pmem1 | sha256sum", pattern(7).len());
+    assert_eq!(guest.ask(&fixed_sum), format!("{}  -", sum(&pattern(7))));
+    guest.ask("dd if=/dev/zero of=/dev/pmem1 bs=4k count=4 conv=fsync 2>/dev/null; echo 3 > /proc/sys/vm/drop_caches");
+    assert_eq!(guest.ask(&fixed_sum), format!("{}  -", sum(&pattern(7))), "what it writes there is nowhere");
+
+    let mount = "mkdir /p && mount -t ext4 -o dax /dev/pmem0 /p";
+    pattern_in(&mut guest, 1);
+    guest.ask(mount);
+    assert!(guest.ask("grep ' /p ' /proc/mounts").contains("dax=always"));
+    guest.ask("cp /tmp/1 /p/ && sync");
+    let (image, start) = (fs::read(&data).expect("it is there"), &pattern(1)[..KIB]);
+    assert!(image.chunks(KIB).any(|block| block == start), "what is synced is in the file");
+    guest.tell("reboot -f");
+    guest.wait_until_it_listens();
+    guest.ask(mount);
+    assert_eq!(guest.ask("sha256sum < /p/1"), format!("{}  -", sum(&pattern(1))));
+    guest.ask("umount /p");
+
+    assert_outlives_its_file(&mut guest, &data);
+    assert_eq!(guest.end("poweroff -f").code, Some(0));
+    assert_eq!(fs::read(&fixed).expect("it is there"), pattern(7));
+}
+
+/// Takes most of the file from under a guest.
+fn assert_outlives_its_file(guest: &mut Guest, file: &str) {
+    let sum_there = |guest: &mut Guest| {
+        guest.ask("echo 3 > /proc/sys/vm/drop_caches; dd if=/dev/pmem0 bs=1M skip=5 count=1 2>/dev/null | sha256sum")
+    };
+    pattern_in(guest, 1);
+    guest.ask("dd if=/tmp/1 of=/dev/pmem0 bs=1M seek=5 conv=fsync 2>/dev/null");
+    assert_eq!(sum_there(guest), format!("{}  -", sum(&pattern(1)[..1 << 20])));
+    fs::File::options().write(true).open(file).and_then(|file| file.set_len(2 * MIB)).expect("it is there");
+    assert_eq!(sum_there(guest), format!("{}  -", sum(&vec![0; 1 << 20])));
+    guest.vmm.stderr.wait_for("has become shorter while a guest uses it", 0);
+    guest.ask("! dd if=/dev/zero of=/dev/pmem0 bs=4k seek=1000 count=1 conv=fsync 2>/dev/null");
+    guest.vmm.stderr.wait_for("Cannot flush", 0);
+    assert_eq!(guest.ask("dmesg | grep -E 'BUG:|Oops' || true"), "");
 }
 
 /// A host's tap device that is the guest's card `eth0`, `eth1`, ….

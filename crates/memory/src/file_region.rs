@@ -1,13 +1,16 @@
 //! A file in the guest's physical space, beside its RAM: what the guest writes there is the file's.
 //!
-//! Whoever else can write to the file can also make it shorter, and then there is nothing behind the end of the mapping:
-//! KVM_RUN fails with EFAULT where the guest touches it. [`FileRegion::heal`] puts zeros there, so that the guest loses
-//! the data that somebody took away, and not its life. This process never touches the mapping itself.
+//! Whoever else can write to the file can also make it shorter, and then there is nothing behind the end of the mapping.
+//! Where the guest touches that, KVM_RUN fails with EFAULT, or does not come back: where KVM may fetch pages while the
+//! processor waits, it fetches this one again and again. So the file is watched (inotify), and [`FileRegion::heal`] puts
+//! zeros there: the guest loses the data that somebody took away, and not its life. This process never touches the
+//! mapping itself. Left out on purpose: file systems of a network, whose other hosts inotify does not see.
 #![allow(unsafe_code, reason = "the mapping goes with its owner")]
 
+use std::ffi::CString;
 use std::fs::File;
-use std::io;
-use std::os::fd::AsRawFd;
+use std::io::{self, Read as _};
+use std::os::fd::{AsRawFd, FromRawFd as _};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
@@ -23,6 +26,8 @@ pub struct FileRegion {
     length: usize,
     readonly: bool,
     file: File,
+    /// Readable when somebody has written to the file or changed its length, other than through the mapping.
+    changes: File,
     /// For the log.
     name: String,
     /// How many bytes from the start have pages of the file behind them. Several processors may find out at once that
@@ -37,7 +42,7 @@ impl FileRegion {
     ///
     /// # Errors
     ///
-    /// The file cannot be mapped, or is empty.
+    /// The file cannot be mapped or watched, or is empty.
     pub fn new(file: File, name: String, readonly: bool) -> io::Result<Self> {
         let size = file.metadata()?.len();
         let too_long = || io::Error::from(io::ErrorKind::FileTooLarge);
@@ -45,7 +50,8 @@ impl FileRegion {
         let length = length.ok_or_else(too_long)?;
         let address = reserve_aligned(length)?;
         let (backed, losses) = (Mutex::new(pages(size)), AtomicU64::new(0));
-        let region = Self { address, length, readonly, file, name, backed, losses };
+        let changes = watch(&file).inspect_err(|_| unmap(address, length))?;
+        let region = Self { address, length, readonly, file, changes, name, backed, losses };
         region.put_zeros(0, length)?;
         let backed = usize::try_from(pages(size)).map_err(|_| too_long())?;
         let flags = libc::MAP_SHARED | libc::MAP_NORESERVE | libc::MAP_FIXED;
@@ -71,6 +77,19 @@ impl FileRegion {
     /// Whether the guest can write to it.
     pub fn is_readonly(&self) -> bool {
         self.readonly
+    }
+
+    /// What becomes readable when [`Self::changed`] is to be called.
+    pub fn changes(&self) -> &impl AsRawFd {
+        &self.changes
+    }
+
+    /// Looks whether what somebody has done to the file made it shorter.
+    pub fn changed(&self) {
+        // What happened does not matter. Where there is more than this, it stays readable.
+        let mut events = [0; 4096];
+        let _ = (&self.changes).read(&mut events);
+        self.heal();
     }
 
     /// Puts zeros, for good, where the file has become shorter. Returns how often that has been necessary: the same
@@ -121,6 +140,22 @@ impl Drop for FileRegion {
     fn drop(&mut self) {
         unmap(self.address, self.length);
     }
+}
+
+/// Says by a descriptor when a file is written to or becomes shorter. The file is named by its descriptor, since the
+/// path may by now be another file's.
+fn watch(file: &File) -> io::Result<File> {
+    let path = CString::new(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
+    // SAFETY: the call reads no memory.
+    let descriptor = unsafe { libc::inotify_init1(libc::IN_NONBLOCK | libc::IN_CLOEXEC) };
+    if descriptor < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor is new, and nobody else has it.
+    let changes = unsafe { File::from_raw_fd(descriptor) };
+    // SAFETY: the path is a string with its terminating zero, which outlives the call.
+    let watch = unsafe { libc::inotify_add_watch(changes.as_raw_fd(), path.as_ptr(), libc::IN_MODIFY) };
+    if watch < 0 { Err(io::Error::last_os_error()) } else { Ok(changes) }
 }
 
 /// The end of the last page of a file, which reads as zeros from the file's end on.
@@ -183,6 +218,19 @@ mod tests {
         assert!(region.sync().is_err());
         file.set_len(0).unwrap();
         assert_eq!((region.heal(), byte(&region, 0)), (2, 0));
+    }
+
+    #[test]
+    fn it_is_told_when_the_file_becomes_shorter() {
+        let file = file(4 * MIB);
+        let region = map_file(file.try_clone().unwrap(), false).unwrap();
+        write(&region, 0, 1);
+        let events = |region: &FileRegion| (&region.changes).read(&mut [0; 64]).map_err(|error| error.kind());
+        assert_eq!(events(&region), Err(io::ErrorKind::WouldBlock), "the guest's own writes do not count");
+        file.set_len(MIB as u64).unwrap();
+        region.changed();
+        assert_eq!((byte(&region, 2 * MIB), region.losses.load(Ordering::Acquire)), (0, 1));
+        assert_eq!(events(&region), Err(io::ErrorKind::WouldBlock));
     }
 
     #[test]

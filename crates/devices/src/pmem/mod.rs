@@ -142,8 +142,9 @@ fn explain(error: io::Error, spec: &PmemSpec) -> anyhow::Error {
 
 /// Entries of the queue.
 const QUEUE_SIZE: u16 = 64;
-/// What the I/O thread tells us about.
+/// What the I/O thread tells us about: the queue, and the file that somebody else changes.
 const REQUESTS: u32 = 0;
+const CHANGES: u32 = 1;
 
 /// The one type of request, and its answers (sections 5.19.6 and 5.19.7).
 const FLUSH: u32 = 0;
@@ -241,10 +242,15 @@ impl PmemHandler {
 
 impl Handler for PmemHandler {
     fn watch(&mut self, watch: &mut Watch<'_>) -> io::Result<()> {
+        watch.add(self.file.changes(), CHANGES)?;
         watch.add(&self.queue, REQUESTS)
     }
 
-    fn ready(&mut self, _token: u32, _watch: &mut Watch<'_>) -> Result<(), GuestFault> {
+    fn ready(&mut self, token: u32, _watch: &mut Watch<'_>) -> Result<(), GuestFault> {
+        if token == CHANGES {
+            self.file.changed();
+            return Ok(());
+        }
         self.queue.kicked();
         self.take()?;
         self.flush()?;
