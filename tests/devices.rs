@@ -262,6 +262,24 @@ fn assert_outlives_its_file(guest: &mut Guest, file: &str) {
     assert_eq!(guest.ask("dmesg | grep -E 'BUG:|Oops' || true"), "");
 }
 
+#[test]
+fn a_guest_without_acpi_finds_its_disk_on_the_command_line() {
+    let folder = Folder::new();
+    let image = folder.image("disk.img", 8 * MIB);
+    let disk = format!("{image},transport=mmio-cmdline");
+    let arguments = ["--mem", "256M", "--on-reboot", "exit", "--disk", &disk];
+    let mut guest = Guest::boot("small-bzImage", &arguments, "acpi=off");
+    guest.ask("! grep -rq . /sys/firmware/acpi");
+    assert_transport(&mut guest, "mmio", 1);
+    pattern_in(&mut guest, 1);
+    guest.ask("dd if=/tmp/1 of=/dev/vda bs=64k conv=notrunc,fsync 2>/dev/null && echo 3 > /proc/sys/vm/drop_caches");
+    let read = format!("head -c {} /dev/vda | sha256sum", pattern(1).len());
+    assert_eq!(guest.ask(&read), format!("{}  -", sum(&pattern(1))));
+    assert!(guest.ask("grep virtio0 /proc/interrupts").contains("IO-APIC"));
+    guest.end("reboot -f").assert(3, "the guest rebooted");
+    assert_eq!(read_at(&image, 0, pattern(1).len()), pattern(1));
+}
+
 /// A host's tap device that is the guest's card `eth0`, `eth1`, ….
 struct Link {
     tap: &'static str,

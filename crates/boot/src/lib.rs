@@ -1,4 +1,4 @@
-//! Puts a Linux kernel into guest memory: images, KASLR, zero page, PVH, ACPI.
+//! Puts a Linux kernel into guest memory: images, KASLR, zero page, PVH, ACPI, MP table.
 //!
 //! [`load`] is all that a machine calls: it brings kernel, initrd, command line and tables into
 //! fresh guest RAM at the addresses of `memory::layout` and says where the first processor starts.
@@ -9,6 +9,7 @@ mod cmdline;
 mod e820;
 pub mod image;
 mod load;
+mod mptable;
 mod page_tables;
 mod pvh;
 mod zero_page;

@@ -15,7 +15,7 @@ use crate::cmdline::{self, CmdlineError};
 use crate::image::{self, EntryChoice, ImageError, KaslrSeed, LoadOptions, LoadedKernel};
 use crate::pvh::StartInfo;
 use crate::zero_page::ZeroPage;
-use crate::{e820, page_tables};
+use crate::{e820, mptable, page_tables};
 
 /// `struct setup_data`'s type for random bytes, and how many Linux takes in (BOOT_RNG_SEED).
 const SETUP_RNG_SEED: u32 = 9;
@@ -109,6 +109,7 @@ pub fn load(sources: &Sources<'_>, ram: &Ram) -> Result<Start, BootError> {
     let line = cmdline::bytes(sources.cmdline, kernel.cmdline_limit)?;
     ram.write_slice(&line, GuestAddress(layout::CMDLINE.start))?;
     ram.write_slice(&sources.acpi.bytes(), GuestAddress(layout::ACPI.start))?;
+    ram.write_slice(&mptable::bytes(sources.acpi.vcpus), GuestAddress(layout::MP_TABLE.start))?;
     let placed = Placed { initrd: (kernel.initrd.start, initrd_len), cmdline: line.len() - 1, random };
     match kernel.entry {
         image::Entry::Linux64 { rip } => {

@@ -29,7 +29,9 @@ pub const CMDLINE: Range<u64> = 0x20000..0x30000;
 /// The end of RAM below the legacy video and firmware area.
 pub const LOW_RAM_END: u64 = 0x9fc00;
 /// The ACPI tables, RSDP first, where a kernel also finds it by searching.
-pub const ACPI: Range<u64> = 0xe0000..MIB;
+pub const ACPI: Range<u64> = 0xe0000..0xf0000;
+/// The MultiProcessor Specification's tables, where a kernel finds them by searching.
+pub const MP_TABLE: Range<u64> = 0xf0000..MIB;
 /// Where RAM goes on above the legacy area, and where a kernel may lie at the earliest.
 pub const HIGH_RAM: u64 = MIB;
 
@@ -40,11 +42,13 @@ pub const PCI_BARS32: Range<u64> = 0xc000_0000..0xd000_0000;
 /// Registers of the first device behind memory-mapped registers; the others follow, 4 KiB each.
 pub const VIRTIO_MMIO: u64 = 0xd000_0000;
 /// The interrupt lines of those devices: the I/O APIC's pins above the platform's own.
-pub const VIRTIO_GSIS: Range<u32> = 6..24;
+pub const VIRTIO_GSIS: Range<u32> = 6..IO_APIC_PINS as u32;
 /// The configuration spaces of the PCI functions, 1 MiB for the one bus.
 pub const PCI_ECAM: u64 = 0xe000_0000;
 /// The I/O APIC's registers.
 pub const IO_APIC: u64 = 0xfec0_0000;
+/// How many interrupt lines it has.
+pub const IO_APIC_PINS: u8 = 24;
 /// The local APICs' registers.
 pub const LOCAL_APIC: u64 = 0xfee0_0000;
 /// One page for KVM's identity map and three for its task state segment, which Intel processors
@@ -143,6 +147,7 @@ mod tests {
             CMDLINE,
             LOW_RAM_END..ACPI.start,
             ACPI,
+            MP_TABLE,
             HIGH_RAM..MMIO_HOLE.start,
         ];
         assert!(areas.windows(2).all(|pair| pair[0].end <= pair[1].start));
