@@ -1,7 +1,8 @@
-//! Disks, persistent memory, network cards, random numbers, sockets, shared folders and the balloon, as guests with the
-//! small kernel use them, on PCI and behind memory-mapped registers.
+//! Disks, network cards, random numbers, sockets and the balloon, as guests with the small kernel use them, on PCI and
+//! behind memory-mapped registers.
 //!
-//! A guest costs seconds, so there are few, each asked much. What is refused without a guest is in `bad_devices`.
+//! A guest costs seconds, so there are few, each asked much. What is refused without a guest is in `bad_devices`,
+//! persistent memory and shared folders are in `files`.
 
 mod support;
 
@@ -10,83 +11,15 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddrV4, TcpListener, TcpStream};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::Path;
 
-use rustix::process::{Pid, Signal, kill_process};
-use sha2::{Digest, Sha256};
+use rustix::process::Signal;
+use support::devices::{Folder, KIB, assert_transport, boot, pattern, pattern_in, read_at, run, sum, try_devices};
 use support::guest::Guest;
 use support::machine::MIB;
 use support::packet::{HEADER, Packets};
-use support::process::{Ended, Vmm};
-use support::tiny::Code;
+use support::process::Vmm;
 use support::until;
-use tempfile::TempDir;
-
-const KIB: usize = 1 << 10;
-/// The largest number in a pattern of more than 1 MiB.
-const LAST: u32 = 180_000;
-
-/// A folder for images and sockets.
-struct Folder(TempDir);
-
-impl Folder {
-    fn new() -> Self {
-        Self(tempfile::tempdir().expect("there is room for files"))
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.0.path().join(name)
-    }
-
-    fn text(&self, name: &str) -> String {
-        self.path(name).into_os_string().into_string().expect("temporary files have names of ASCII letters")
-    }
-
-    /// A file without content, of so many bytes.
-    fn image(&self, name: &str, bytes: u64) -> String {
-        fs::File::create(self.path(name)).and_then(|file| file.set_len(bytes)).expect("there is room for files");
-        self.text(name)
-    }
-}
-
-/// The same bytes here and, by [`pattern_in`], in a guest: the numbers from `first` to [`LAST`], one a line.
-fn pattern(first: u32) -> Vec<u8> {
-    (first..=LAST).flat_map(|number| format!("{number}\n").into_bytes()).collect()
-}
-
-/// Makes a [`pattern`] in the guest's file /tmp/FIRST.
-fn pattern_in(guest: &mut Guest, first: u32) {
-    guest.ask(&format!("seq {first} {LAST} > /tmp/{first}"));
-}
-
-fn sum(bytes: &[u8]) -> String {
-    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
-fn run(program: &str, arguments: &[&str]) {
-    let output = Command::new(program).args(arguments).output().unwrap_or_else(|error| panic!("{program}: {error}"));
-    assert!(output.status.success(), "{program} {arguments:?}: {output:?}");
-}
-
-fn boot(arguments: &[&str]) -> Guest {
-    // A kernel reports no free memory while it has less than 64 MiB of it.
-    Guest::boot("small-bzImage", &[&["--mem", "256M"], arguments].concat(), "")
-}
-
-/// A machine with these devices whose guest ends at once.
-fn try_devices(arguments: &[&str]) -> Ended {
-    Code::default().power_off().halt().kernel(&[]).run(arguments, "")
-}
-
-/// Checks that the guest's drivers have found nothing wrong, and that each has the bus that was asked for.
-fn assert_transport(guest: &mut Guest, transport: &str, devices: u64) {
-    assert_eq!(guest.number("ls /sys/bus/virtio/devices | wc -l"), devices);
-    assert_eq!(guest.number("find /sys/bus/virtio/drivers/ -type l -name 'virtio[0-9]*' | wc -l"), devices);
-    let on_pci = guest.number("ls -l /sys/bus/virtio/devices | grep -c /pci || true");
-    assert_eq!(on_pci, if transport == "pci" { devices } else { 0 });
-    assert_eq!(guest.ask("dmesg | grep -iE 'virtio.*(fail|error|warn)|ACPI.*error|BUG:' || true"), "");
-}
 
 fn raw_disks(transport: &str) {
     let folder = Folder::new();
@@ -144,13 +77,6 @@ fn assert_discarded(guest: &mut Guest, image: &str) {
     assert_eq!(read_at(image, MIB / 2, 1024 * KIB), expected);
     let answer = guest.ask("dd if=/dev/vdc bs=512k skip=1 count=2 2>/dev/null | sha256sum");
     assert_eq!(answer, format!("{}  -", sum(&expected)));
-}
-
-fn read_at(path: impl AsRef<Path>, offset: u64, length: usize) -> Vec<u8> {
-    let mut bytes = vec![0; length];
-    let file = fs::File::open(path).expect("it is there");
-    std::os::unix::fs::FileExt::read_exact_at(&file, &mut bytes, offset).expect("it is so long");
-    bytes
 }
 
 #[test]
@@ -213,73 +139,6 @@ fn qcow2_images_and_overlays_hold_file_systems() {
     try_devices(&["--disk", &disks[0], "--disk", &disks[1]]).assert(0, "the guest powered off");
 }
 
-#[test]
-fn persistent_memory_is_its_file_until_somebody_takes_it_away() {
-    let folder = Folder::new();
-    let (data, fixed) = (folder.image("data.img", 16 * MIB), folder.text("fixed.img"));
-    run("mke2fs", &["-q", "-t", "ext4", "-b", "4096", &data]);
-    fs::write(&fixed, pattern(7)).expect("there is room for files");
-    let mut guest = boot(&["--pmem", &data, "--pmem", &format!("{fixed},readonly")]);
-    try_devices(&["--pmem", &data]).assert_refused(&[&data, "locked"]);
-    assert_eq!(guest.number("cat /sys/block/pmem0/size"), 16 * MIB / 512);
-
-    let fixed_sum = format!("head -c {} /dev/pmem1 | sha256sum", pattern(7).len());
-    assert_eq!(guest.ask(&fixed_sum), format!("{}  -", sum(&pattern(7))));
-    guest.ask("dd if=/dev/zero of=/dev/pmem1 bs=4k count=4 conv=fsync 2>/dev/null; echo 3 > /proc/sys/vm/drop_caches");
-    assert_eq!(guest.ask(&fixed_sum), format!("{}  -", sum(&pattern(7))), "what it writes there is nowhere");
-
-    let mount = "mkdir /p && mount -t ext4 -o dax /dev/pmem0 /p";
-    pattern_in(&mut guest, 1);
-    guest.ask(mount);
-    assert!(guest.ask("grep ' /p ' /proc/mounts").contains("dax=always"));
-    guest.ask("cp /tmp/1 /p/ && sync");
-    let (image, start) = (fs::read(&data).expect("it is there"), &pattern(1)[..KIB]);
-    assert!(image.chunks(KIB).any(|block| block == start), "what is synced is in the file");
-    guest.tell("reboot -f");
-    guest.wait_until_it_listens();
-    guest.ask(mount);
-    assert_eq!(guest.ask("sha256sum < /p/1"), format!("{}  -", sum(&pattern(1))));
-    guest.ask("umount /p");
-
-    assert_outlives_its_file(&mut guest, &data);
-    assert_eq!(guest.end("poweroff -f").code, Some(0));
-    assert_eq!(fs::read(&fixed).expect("it is there"), pattern(7));
-}
-
-/// Takes most of the file from under a guest.
-fn assert_outlives_its_file(guest: &mut Guest, file: &str) {
-    let sum_there = |guest: &mut Guest| {
-        guest.ask("echo 3 > /proc/sys/vm/drop_caches; dd if=/dev/pmem0 bs=1M skip=5 count=1 2>/dev/null | sha256sum")
-    };
-    pattern_in(guest, 1);
-    guest.ask("dd if=/tmp/1 of=/dev/pmem0 bs=1M seek=5 conv=fsync 2>/dev/null");
-    assert_eq!(sum_there(guest), format!("{}  -", sum(&pattern(1)[..1 << 20])));
-    fs::File::options().write(true).open(file).and_then(|file| file.set_len(2 * MIB)).expect("it is there");
-    assert_eq!(sum_there(guest), format!("{}  -", sum(&vec![0; 1 << 20])));
-    guest.vmm.stderr.wait_for("has become shorter while a guest uses it", 0);
-    guest.ask("! dd if=/dev/zero of=/dev/pmem0 bs=4k seek=1000 count=1 conv=fsync 2>/dev/null");
-    guest.vmm.stderr.wait_for("Cannot flush", 0);
-    assert_eq!(guest.ask("dmesg | grep -E 'BUG:|Oops' || true"), "");
-}
-
-#[test]
-fn a_guest_without_acpi_finds_its_disk_on_the_command_line() {
-    let folder = Folder::new();
-    let image = folder.image("disk.img", 8 * MIB);
-    let disk = format!("{image},transport=mmio-cmdline");
-    let arguments = ["--mem", "256M", "--on-reboot", "exit", "--disk", &disk];
-    let mut guest = Guest::boot("small-bzImage", &arguments, "acpi=off");
-    guest.ask("! grep -rq . /sys/firmware/acpi");
-    assert_transport(&mut guest, "mmio", 1);
-    pattern_in(&mut guest, 1);
-    guest.ask("dd if=/tmp/1 of=/dev/vda bs=64k conv=notrunc,fsync 2>/dev/null && echo 3 > /proc/sys/vm/drop_caches");
-    let read = format!("head -c {} /dev/vda | sha256sum", pattern(1).len());
-    assert_eq!(guest.ask(&read), format!("{}  -", sum(&pattern(1))));
-    assert!(guest.ask("grep virtio0 /proc/interrupts").contains("IO-APIC"));
-    guest.end("reboot -f").assert(3, "the guest rebooted");
-    assert_eq!(read_at(&image, 0, pattern(1).len()), pattern(1));
-}
-
 /// A host's tap device that is the guest's card `eth0`, `eth1`, ….
 struct Link {
     tap: &'static str,
@@ -328,81 +187,6 @@ fn send_to(guest: &mut Guest, address: Ipv4Addr, first: u32) {
     stream.shutdown(Shutdown::Write).expect("the guest receives");
     guest.wait_for(&sum(&pattern(first)));
     guest.wait_for("=0=\r\n");
-}
-
-/// The processes that a machine has started.
-fn children(guest: &Guest) -> Vec<Pid> {
-    let tasks = fs::read_dir(format!("/proc/{}/task", guest.vmm.pid().as_raw_nonzero())).expect("it runs");
-    let children = tasks.flat_map(|task| {
-        let children = fs::read_to_string(task.expect("it runs").path().join("children")).unwrap_or_default();
-        children.split_whitespace().map(|pid| pid.parse().expect("a number")).collect::<Vec<i32>>()
-    });
-    children.map(|pid| Pid::from_raw(pid).expect("no process is 0")).collect()
-}
-
-fn shared_folders(transport: &str) {
-    let folder = Folder::new();
-    let (open, fixed) = (folder.path("open, to all"), folder.path("fixed"));
-    for folder in [&open, &fixed] {
-        fs::create_dir(folder).expect("there is room for files");
-    }
-    fs::write(fixed.join("there"), pattern(7)).expect("there is room for files");
-    let shares = [format!(r#"path="{}",tag=open"#, open.display()), format!("{},tag=fixed,readonly", fixed.display())];
-    let mut guest = boot(&["--transport", transport, "--share", &shares[0], "--share", &shares[1]]);
-    assert_transport(&mut guest, transport, 2);
-    guest.ask("mkdir /open /fixed && mount -t virtiofs open /open && mount -t virtiofs fixed /fixed");
-
-    pattern_in(&mut guest, 1);
-    guest.ask("cp /tmp/1 /open/of-the-guest && mkdir /open/folder && ln -s of-the-guest /open/link");
-    assert_eq!(sum(&fs::read(open.join("link")).expect("the guest has made it")), sum(&pattern(1)));
-    fs::write(open.join("folder/of-the-host"), pattern(2)).expect("there is room for files");
-    let sum_in = |guest: &mut Guest, file: &str| guest.ask(&format!("sha256sum < {file}"));
-    assert_eq!(sum_in(&mut guest, "/open/folder/of-the-host"), format!("{}  -", sum(&pattern(2))));
-    assert_eq!(sum_in(&mut guest, "/fixed/there"), format!("{}  -", sum(&pattern(7))));
-    for change in ["touch /fixed/new", "rm /fixed/there", "dd if=/tmp/1 of=/fixed/there", "chmod 0 /fixed/there"] {
-        guest.ask(&format!("! {change} 2>/dev/null && mount -o remount,rw /fixed && ! {change} 2>/dev/null"));
-    }
-    assert_eq!(fs::read_dir(&fixed).expect("it is there").count(), 1);
-    assert_eq!(sum(&fs::read(fixed.join("there")).expect("it is there")), sum(&pattern(7)));
-
-    // What a guest has asked of one that stands still ends in an error when that dies.
-    let servers = children(&guest);
-    assert_eq!(servers.len(), 2);
-    for server in &servers {
-        kill_process(*server, Signal::STOP).expect("it runs");
-    }
-    guest.ask("{ ! cat /open/of-the-guest 2>/tmp/error >/dev/null; echo $? >/tmp/code; } &");
-    guest.ask("! test -e /tmp/code");
-    for server in &servers {
-        kill_process(*server, Signal::KILL).expect("it runs");
-    }
-    guest.vmm.stderr.wait_for("Shared folder open: virtiofsd has ended", 0);
-    guest.vmm.stderr.wait_for("Shared folder fixed: virtiofsd has ended", 0);
-    guest.ask("wait; grep -q 'Input/output error' /tmp/error && test $(cat /tmp/code) = 0");
-    guest.ask("! ls /open/folder 2>/dev/null");
-    guest.ask("umount /open && umount /fixed && mount -t virtiofs open /open && mount -t virtiofs fixed /fixed");
-    assert_eq!(sum_in(&mut guest, "/open/link"), format!("{}  -", sum(&pattern(1))));
-    assert_eq!(sum_in(&mut guest, "/fixed/there"), format!("{}  -", sum(&pattern(7))));
-    guest.ask("echo again > /open/again && ! touch /fixed/new 2>/dev/null");
-    assert_eq!(fs::read_to_string(open.join("again")).expect("the guest has made it"), "again\n");
-
-    let servers = children(&guest);
-    assert_eq!(servers.len(), 2);
-    guest.vmm.signal(Signal::KILL);
-    guest.vmm.wait();
-    until("virtiofsd has gone with its machine", || {
-        servers.iter().all(|server| !Path::new(&format!("/proc/{}", server.as_raw_nonzero())).exists())
-    });
-}
-
-#[test]
-fn shared_folders_on_pci_are_the_same_on_both_sides_and_outlive_virtiofsd() {
-    shared_folders("pci");
-}
-
-#[test]
-fn shared_folders_on_mmio_are_the_same_on_both_sides_and_outlive_virtiofsd() {
-    shared_folders("mmio");
 }
 
 fn every_device(transport: &str) {

@@ -5,6 +5,7 @@
 //! by `VMM_ASSETS` where the kernels and initial file systems are that they boot.
 #![allow(dead_code, reason = "each test program uses a part of it")]
 
+pub(crate) mod devices;
 pub(crate) mod elf;
 pub(crate) mod guest;
 pub(crate) mod machine;
