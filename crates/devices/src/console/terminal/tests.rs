@@ -18,8 +18,9 @@ const ROLE: &str = "VMM_TEST_ROLE";
 
 /// The VM: it repeats what is typed, and takes capital letters as orders.
 fn vm() -> ! {
-    // Other tests of this process ignore the one, nohup(1) the other, and what is ignored stays so across exec.
-    for signal in [libc::SIGXFSZ, libc::SIGHUP] {
+    // Other tests of this process ignore the first, nohup(1) the second, a shell's `&` the rest, and what is ignored
+    // stays so across exec.
+    for signal in [libc::SIGXFSZ, libc::SIGHUP, libc::SIGINT, libc::SIGQUIT] {
         // SAFETY: no handler is installed.
         unsafe { libc::signal(signal, libc::SIG_DFL) };
     }
