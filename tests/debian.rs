@@ -150,11 +150,13 @@ fn fio_reads_what_it_wrote_on_every_kind_of_disk_on_pci() {
 }
 
 #[test]
+#[ignore = "long: boots Debian once more"]
 fn fio_reads_what_it_wrote_on_every_kind_of_disk_on_mmio() {
     verified_by_fio("mmio");
 }
 
 #[test]
+#[ignore = "long: boots Debian once more"]
 fn each_flush_of_the_guest_s_is_one_of_the_host_s() {
     let folder = tempfile::tempdir().expect("there is room for files");
     let data = text(folder.path().join("data.img"));
