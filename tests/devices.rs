@@ -234,7 +234,7 @@ fn assert_sockets(guest: &mut Guest, path: &str) {
     let mut answer = String::new();
     client.read_to_string(&mut answer).expect("it answers or closes");
     assert_eq!(answer, "", "nobody listens at the guest's port");
-    echo_both_ways(guest, path, 8 * MIB);
+    echo_both_ways(guest, path, MIB);
 }
 
 /// Asks for a connection to the guest's port.
@@ -320,7 +320,7 @@ fn a_gibibyte_goes_each_way_through_a_vsock() {
 
 #[test]
 fn a_peer_that_sends_rubbish_disturbs_neither_the_guest_nor_its_card() {
-    const FRAMES: usize = 20_000;
+    const FRAMES: usize = 2000;
     let link = Link::new("vmm-own", "eth0", 102);
     let mut guest = boot(&["--net", "vmm-own,vhost=off"]);
     link.set_up(&mut guest);
@@ -353,7 +353,7 @@ fn a_peer_that_sends_rubbish_disturbs_neither_the_guest_nor_its_card() {
     }
     assert!(sent > FRAMES / 3, "the kernel lets {sent} frames out");
     guest.ask(&format!("ping -c 2 -w 60 {} >/dev/null", link.host));
-    assert!(guest.number("cat /sys/class/net/eth0/statistics/rx_packets") > 1000);
+    assert!(guest.number("cat /sys/class/net/eth0/statistics/rx_packets") > 100);
     assert_eq!(guest.ask("dmesg | grep -E 'BUG:|WARNING:|Call Trace' || true"), "");
     guest.end("poweroff -f").assert(0, "the guest powered off");
 }
