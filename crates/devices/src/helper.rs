@@ -6,6 +6,7 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::process::Child;
 use std::time::Duration;
 
 use vmm_sys_util::timerfd::TimerFd;
@@ -93,6 +94,12 @@ impl Words {
         let line = line.map(|line| line.trim().chars().take(LONGEST_LINE).collect::<String>());
         line.map_or_else(String::new, |line| format!(": {}", line.replace(char::is_control, " ")))
     }
+}
+
+/// Ends a child, and says how it has ended. One that ended by itself is only waited for; either way this is short.
+pub(crate) fn end(child: &mut Child) -> String {
+    let _ = child.kill();
+    child.wait().map_or_else(|error| error.to_string(), |status| status.to_string())
 }
 
 /// Where a program is: in `PATH` as a shell would find it, then in the folders that distributions hide it in.

@@ -19,7 +19,7 @@ use anyhow::Context as _;
 
 use super::ShareSpec;
 use super::sandbox::{self, FOLDER};
-use crate::helper::{Backoff, Words};
+use crate::helper::{Backoff, Words, end};
 use crate::unix;
 use crate::vhost_user::Connection;
 
@@ -139,12 +139,6 @@ impl Drop for Daemon {
     fn drop(&mut self) {
         self.end();
     }
-}
-
-/// Ends a child, and says how it has ended. One that ended by itself is only waited for; either way this is short.
-fn end(child: &mut Child) -> String {
-    let _ = child.kill();
-    child.wait().map_or_else(|error| error.to_string(), |status| status.to_string())
 }
 
 /// A socket that listens, under no name, and one that is connected to it.

@@ -21,7 +21,7 @@ use virtio::Chain;
 use super::port::scatter;
 use super::sys::{Pieces, Read};
 use super::{HEADER, LARGEST, NetSpec};
-use crate::helper::{Backoff, Words};
+use crate::helper::{Backoff, Words, end};
 
 /// The program, looked for in `PATH`.
 pub(super) const PROGRAM: &str = "passt";
@@ -106,9 +106,7 @@ impl Passt {
     /// It has ended or lost its mind: clears away what is left, and sets the timer.
     pub(super) fn lost(&mut self, name: &str, why: &io::Error) {
         let Some(mut running) = self.running.take() else { return };
-        // One that ended by itself is only waited for; either way this is short.
-        let _ = running.child.kill();
-        let status = running.child.wait().map_or_else(|error| error.to_string(), |status| status.to_string());
+        let status = end(&mut running.child);
         let words = running.words.last();
         log::warn!("{name}: {} has ended ({why}; {status}), the link is down until it runs again{words}", self.program);
         self.backoff.schedule(running.started.elapsed());
@@ -190,8 +188,7 @@ impl Passt {
 impl Drop for Passt {
     fn drop(&mut self) {
         if let Some(mut running) = self.running.take() {
-            let _ = running.child.kill();
-            let _ = running.child.wait();
+            end(&mut running.child);
         }
     }
 }
