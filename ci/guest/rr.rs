@@ -15,10 +15,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     let Some(count) = arguments.next() else {
         let listener = TcpListener::bind(address)?;
         loop {
-            let mut stream = listener.accept()?.0;
-            stream.set_nodelay(true)?;
-            while stream.read(&mut byte)? == 1 {
-                stream.write_all(&byte)?;
+            // A client that is cut off does not end the service for the next one.
+            if let Err(error) = answer(listener.accept()?.0) {
+                eprintln!("rr: {error}");
             }
         }
     };
@@ -31,5 +30,15 @@ fn main() -> Result<(), Box<dyn Error>> {
         stream.read_exact(&mut byte)?;
     }
     println!("{}", start.elapsed().as_nanos() / u128::from(count.max(1)));
+    Ok(())
+}
+
+/// Sends back what comes, until nothing more does.
+fn answer(mut stream: TcpStream) -> std::io::Result<()> {
+    stream.set_nodelay(true)?;
+    let mut byte = [0];
+    while stream.read(&mut byte)? == 1 {
+        stream.write_all(&byte)?;
+    }
     Ok(())
 }

@@ -8,6 +8,7 @@ mod io;
 mod load;
 mod qemu;
 mod record;
+mod table;
 mod tools;
 
 /// What `cargo xtask bench` takes.

@@ -29,6 +29,7 @@ use terminal::Terminal;
 
 use crate::assets::{self, Flavour};
 
+pub(crate) mod emulator;
 pub(crate) mod inside;
 mod network;
 mod process;
@@ -56,10 +57,12 @@ pub(crate) struct Host {
     /// Memory in MiB.
     #[arg(long, value_name = "MIB", default_value_t = 4096, value_parser = clap::value_parser!(u32).range(256..))]
     pub(crate) mem: u32,
-    /// Processors. One counts its time by instructions, one a nanosecond, so that the same run takes the same time. More
-    /// run side by side on real time, but QEMU then loses an interrupt or corrupts memory now and then.
+    /// Processors.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=64))]
     pub(crate) cpus: u8,
+    /// Count time by instructions, one a nanosecond, so that the same run takes the same time. It has one processor then.
+    #[arg(long, conflicts_with = "cpus")]
+    pub(crate) icount: bool,
     /// A file that is its disk, /dev/vda. When it ends without warning, what it had not flushed to the disk is lost.
     #[arg(long, value_name = "FILE")]
     pub(crate) disk: Option<PathBuf>,
@@ -67,7 +70,7 @@ pub(crate) struct Host {
 
 impl Default for Host {
     fn default() -> Self {
-        Self { timeout: 600, mem: 4096, cpus: 1, disk: None }
+        Self { timeout: 600, mem: 4096, cpus: 1, icount: false, disk: None }
     }
 }
 

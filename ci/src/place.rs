@@ -40,9 +40,9 @@ impl Place {
         }
     }
 
-    /// Whether what fails there need not be at fault itself.
-    pub(crate) fn is_unreliable(&self) -> bool {
-        matches!(self, Self::Emulated(host) if host.cpus > 1)
+    /// Whether it is an emulated host.
+    pub(crate) fn is_emulated(&self) -> bool {
+        matches!(self, Self::Emulated(_))
     }
 
     /// Runs `command` on our own streams. Returns its exit code, 128 and the signal's number if it died of one.

@@ -18,6 +18,7 @@ use super::qemu;
 use super::record::{Record, ratio};
 use crate::assets::{self, Flavour};
 use crate::host::Host;
+use crate::host::emulator::Emulator;
 use crate::{build, kernel, progress, setup};
 
 /// The guest's command line, the same for all but [`DEFAULTS`], whose machine has what `vmm` gives it.
@@ -115,7 +116,7 @@ fn measure(vmm: &Path) -> Result<Record> {
         ..Plan::default()
     };
     let qemu = qemu_plan(&kernel.vmlinux)?;
-    let host = Host { timeout: TIME_LIMIT, ..Host::default() };
+    let host = Host { timeout: TIME_LIMIT, icount: true, ..Host::default() };
     let step = progress::step("Measuring on the instruction clock; this takes some minutes");
     let mut measured = thread::scope(|scope| {
         let theirs = scope.spawn(|| qemu.carry_out(&host));
@@ -137,6 +138,7 @@ fn measure(vmm: &Path) -> Result<Record> {
         ("kernel".into(), kernel.package),
         ("small kernel".into(), small.package),
         ("qemu".into(), qemu::version()?),
+        ("emulated host's qemu".into(), Emulator::find()?.version.clone()),
     ]);
     Ok(Record { versions, figures })
 }

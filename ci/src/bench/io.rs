@@ -8,7 +8,8 @@
 //! - real time (`--real-time RUNS`), with two processors for host and guest, ours and QEMU's in turn in one emulated
 //!   host, and the median of the runs. A busy machine makes it meaningless.
 //!
-//! QEMU has its devices on PCI, where it is faster than over MMIO, and io_uring in an I/O thread.
+//! QEMU is there twice: as its microvm comes, with devices over MMIO; and at its best, with devices on PCI and the disk in
+//! an I/O thread. Both use io_uring.
 //!
 //! Exits are those that KVM counts, to user space or not. What the start of a load costs is taken out of them by the
 //! difference of a long and a short one.
@@ -17,13 +18,15 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::thread;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 
 use super::inside::{Measure, Measured, Plan, Run};
-use super::load::{DISK, Figure, Load, NET, script};
+use super::load::{DISK, Load, NET, script};
 use super::record::{Record, ratio};
+use super::table::{self, Figures};
 use super::{qemu, tools};
 use crate::host::Host;
+use crate::host::emulator::Emulator;
 use crate::image;
 use crate::{build, kernel, progress, setup};
 
@@ -32,16 +35,39 @@ const HEADER: &str = "\
 # host for a request or a MiB, and exits of a thousand requests. The figures hold for these versions of what they depend on.
 ";
 
-const OURS: &str = "ours";
-const QEMU: &str = "QEMU";
+pub(super) const OURS: &str = "ours";
+
+/// QEMU in one of its forms.
+struct Peer {
+    name: &'static str,
+    machine: &'static str,
+    disk: &'static str,
+    net: &'static str,
+}
+
+const QEMU: Peer = Peer {
+    name: "QEMU",
+    machine: "microvm",
+    disk: "-device virtio-blk-device,drive=disk",
+    net: "virtio-net-device,netdev=net",
+};
+const QEMU_PCI: Peer = Peer {
+    name: "QEMU PCI",
+    machine: "microvm,pcie=on",
+    disk: "-object iothread,id=io -device virtio-blk-pci,drive=disk,iothread=io",
+    net: "virtio-net-pci,netdev=net,romfile=",
+};
+/// The first is what the figures asked for are of.
+const PEERS: [&Peer; 2] = [&QEMU, &QEMU_PCI];
+const CONTENDERS: [&str; 3] = [OURS, QEMU.name, QEMU_PCI.name];
+
 /// What is appended to the name of a run, and of the figures, with vhost-net.
-const VHOST: &str = ", vhost";
-const LOGIN: &str = "boot to login, Debian";
+pub(super) const VHOST: &str = ", vhost";
 /// At most so much of QEMU's time.
 const LOGIN_ASKED: f64 = 0.8;
 const TAP: &str = "tap0";
 /// How many times the amounts that suit the instruction clock are moved in real time.
-const REAL_TIME_SCALE: u64 = 4;
+pub(super) const REAL_TIME_SCALE: u64 = 4;
 /// Seconds that one machine may run.
 const LIMIT: u64 = 120;
 
@@ -62,45 +88,51 @@ pub(crate) struct Args {
     engines: bool,
 }
 
-/// Figures by the name of the load.
-type Figures = BTreeMap<String, Figure>;
-
 /// Runs the verb.
 pub(crate) fn run(args: &Args) -> Result<()> {
     setup::run()?;
     let bench = Bench::new()?;
     let step = progress::step("Measuring on the instruction clock; this takes some minutes");
-    let (plan, theirs) = (bench.our_plan(args)?, bench.qemu_plan(args)?);
-    let host = Host { timeout: 1800, ..Host::default() };
-    let (ours, theirs) = thread::scope(|scope| {
+    let host = Host { timeout: 1800, icount: true, ..Host::default() };
+    let (ours, theirs) = (bench.our_plan(args)?, bench.qemu_plan(args)?);
+    let measured = thread::scope(|scope| {
         let theirs = scope.spawn(|| theirs.carry_out(&host));
-        let ours = plan.carry_out(&host)?;
-        Ok::<_, anyhow::Error>((ours, theirs.join().expect("a measurement does not panic")?))
+        let mut measured = ours.carry_out(&host)?;
+        measured.extend(theirs.join().expect("a measurement does not panic")?);
+        Ok::<_, anyhow::Error>(measured)
     })?;
     drop(step);
     println!("On the instruction clock, one processor:\n");
-    print(&figures(&ours, OURS)?, &figures(&theirs, QEMU)?);
+    print(|whose| table::figures(&measured, whose))?;
     for engine in ENGINES.iter().filter(|_| args.engines) {
         println!("\nengine={engine}:");
-        for (name, figure) in figures(&ours, engine)? {
+        for (name, figure) in table::figures(&measured, engine)? {
             println!("{name:40} {:>9} ns {:>9.2} exits", figure.nanoseconds, ratio(figure.exits, 1000));
         }
     }
-    if let (Some(ours), Some(theirs)) = (ours.get(LOGIN), theirs.get(LOGIN)) {
-        let (ours, theirs) = (ours.value, theirs.value);
-        let part = ratio(ours, theirs);
-        let seconds = |value| ratio(value, 1_000_000_000);
-        println!("\n{LOGIN}: {:.3} s, QEMU {:.3} s: {part:.2}, asked {LOGIN_ASKED}", seconds(ours), seconds(theirs));
+    println!();
+    let login = |whose| Some(measured.get(&login_name(whose))?.value);
+    for whose in CONTENDERS {
+        if let (Some(ours), Some(value)) = (login(OURS), login(whose)) {
+            let (seconds, part) = (ratio(value, 1_000_000_000), ratio(ours, value));
+            println!("{:42} {seconds:.3} s: ours is {part:.2} of it, asked {LOGIN_ASKED}", login_name(whose));
+        }
     }
     if args.record {
         let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../resources/numbers/io.toml");
-        bench.record(&ours, &theirs)?.write(&file, HEADER)?;
+        bench.record(&measured)?.write(&file, HEADER)?;
     }
     if args.real_time > 0 {
         let measured = bench.in_real_time(args.real_time)?;
         println!("\nIn real time, two processors, median of {}:\n", args.real_time);
-        print(&medians(&measured, OURS)?, &medians(&measured, QEMU)?);
+        print(|whose| table::medians(&measured, whose))?;
     }
+    Ok(())
+}
+
+fn print(figures: impl Fn(&str) -> Result<Figures>) -> Result<()> {
+    let [ours, mmio, pci] = CONTENDERS.map(figures);
+    table::print(&[ours?, mmio?, pci?]);
     Ok(())
 }
 
@@ -117,7 +149,11 @@ impl Bench {
     fn new() -> Result<Self> {
         let (kernel, tools) = (kernel::small_kernel()?, tools::tools()?);
         let mut versions = tools.versions;
-        versions.extend([("qemu".to_owned(), qemu::version()?), ("small kernel".to_owned(), kernel.package)]);
+        versions.extend([
+            ("qemu".to_owned(), qemu::version()?),
+            ("emulated host's qemu".to_owned(), Emulator::find()?.version.clone()),
+            ("small kernel".to_owned(), kernel.package),
+        ]);
         let mut files = tools.host;
         files.extend([
             ("vmm".to_owned(), build::vmm()?),
@@ -137,22 +173,26 @@ impl Bench {
             let words = "vmm --kernel vmlinuz --initrd initrd.img --mem 512M --disk debian.img";
             let mut words: Vec<String> = words.split(' ').map(str::to_owned).collect();
             words.extend(["--cmdline".to_owned(), "root=/dev/vda rw".to_owned()]);
-            plan.runs.push(Run { name: LOGIN.to_owned(), words, measure: login() });
+            plan.runs.push(Run { name: login_name(OURS), words, measure: login() });
         }
         Ok(plan)
     }
 
     fn qemu_plan(&self, args: &Args) -> Result<Plan> {
-        let mut plan = self.plan(vec![qemu_run("off", 1, 1), qemu_run("on", 1, 1)]);
+        let mut plan =
+            self.plan(PEERS.iter().flat_map(|peer| ["off", "on"].map(|vhost| peer.run(vhost, 1, 1))).collect());
         plan.files.extend(self.qemu.clone());
         if !args.no_debian {
             add_debian(&mut plan)?;
-            let options = format!(
-                "-M microvm,pcie=on -m 512 -serial stdio -kernel vmlinuz -initrd initrd.img {}",
-                qemu_disk("debian.img")
-            );
-            let words = qemu::words("console=ttyS0 root=/dev/vda rw", &options);
-            plan.runs.push(Run { name: LOGIN.to_owned(), words, measure: login() });
+            for peer in PEERS {
+                let options = format!(
+                    "-M {} -m 512 -serial stdio -kernel vmlinuz -initrd initrd.img {}",
+                    peer.machine,
+                    peer.disk("debian.img")
+                );
+                let words = qemu::words("console=ttyS0 root=/dev/vda rw", &options);
+                plan.runs.push(Run { name: login_name(peer.name), words, measure: login() });
+            }
         }
         Ok(plan)
     }
@@ -163,8 +203,11 @@ impl Bench {
         let mut measured = BTreeMap::new();
         for number in 0..runs {
             step.at(&format!("{} of {runs}", number + 1));
-            let pair = |vhost| [our_run(OURS, "disk", vhost, 2, REAL_TIME_SCALE), qemu_run(vhost, 2, REAL_TIME_SCALE)];
-            let mut plan = self.plan(pair("off").into_iter().chain(pair("on")).collect());
+            let mut plan = self.plan(Vec::new());
+            for vhost in ["off", "on"] {
+                plan.runs.push(our_run(OURS, "disk", vhost, 2, REAL_TIME_SCALE));
+                plan.runs.extend(PEERS.map(|peer| peer.run(vhost, 2, REAL_TIME_SCALE)));
+            }
             plan.files.extend(self.qemu.clone());
             let host = Host { timeout: 900, cpus: 2, ..Host::default() };
             let results = plan.carry_out(&host)?;
@@ -193,27 +236,31 @@ impl Bench {
         }
     }
 
-    fn record(&self, ours: &BTreeMap<String, Measured>, theirs: &BTreeMap<String, Measured>) -> Result<Record> {
+    fn record(&self, measured: &BTreeMap<String, Measured>) -> Result<Record> {
         let mut record = Record { versions: self.versions.clone(), figures: BTreeMap::new() };
-        for (whose, measured) in [(OURS, ours), (QEMU, theirs)] {
-            for (name, figure) in figures(measured, whose)? {
+        for whose in CONTENDERS {
+            for (name, figure) in table::figures(measured, whose)? {
                 record.figures.insert(format!("{name}, {whose}, exits"), figure.exits);
                 record.figures.insert(format!("{name}, {whose}, ns"), figure.nanoseconds);
             }
-            if let Some(login) = measured.get(LOGIN) {
-                record.figures.insert(format!("{LOGIN}, {whose}, ns"), login.value);
+            if let Some(login) = measured.get(&login_name(whose)) {
+                record.figures.insert(format!("{}, ns", login_name(whose)), login.value);
             }
         }
         Ok(record)
     }
 }
 
-/// The name of a run, from which [`figures`] finds it.
-fn run_name(whose: &str, vhost: &str) -> String {
+fn login_name(whose: &str) -> String {
+    format!("boot to login, Debian, {whose}")
+}
+
+/// The name of a run, from which [`table::figures`] finds it.
+pub(super) fn run_name(whose: &str, vhost: &str) -> String {
     format!("{whose}{}", if vhost == "on" { VHOST } else { "" })
 }
 
-fn loads(vhost: &str) -> Vec<&'static Load> {
+pub(super) fn loads(vhost: &str) -> Vec<&'static Load> {
     match vhost {
         "on" => NET.iter().collect(),
         "none" => DISK.iter().collect(),
@@ -231,25 +278,26 @@ fn our_run(whose: &str, disk: &str, vhost: &str, cpus: u32, scale: u64) -> Run {
     Run { name: run_name(whose, vhost), words, measure: Measure::Lines { code: 0, limit: LIMIT } }
 }
 
-fn qemu_run(vhost: &str, cpus: u32, scale: u64) -> Run {
-    let cmdline = format!("console=ttyS0 reboot=t panic=-1 quiet load=\"{}\"", script(&loads(vhost), scale));
-    let options = format!(
-        "-M microvm,pcie=on -m 512 -smp {cpus} -serial stdio -kernel vmlinux -initrd initramfs {} \
-         -netdev tap,id=net,ifname={TAP},script=no,downscript=no,vhost={vhost} -device virtio-net-pci,netdev=net,romfile=",
-        qemu_disk("disk")
-    );
-    Run {
-        name: run_name(QEMU, vhost),
-        words: qemu::words(&cmdline, &options),
-        measure: Measure::Lines { code: 0, limit: LIMIT },
+impl Peer {
+    fn run(&self, vhost: &str, cpus: u32, scale: u64) -> Run {
+        let cmdline = format!("console=ttyS0 reboot=t panic=-1 quiet load=\"{}\"", script(&loads(vhost), scale));
+        let options = format!(
+            "-M {} -m 512 -smp {cpus} -serial stdio -kernel vmlinux -initrd initramfs {} \
+             -netdev tap,id=net,ifname={TAP},script=no,downscript=no,vhost={vhost} -device {}",
+            self.machine,
+            self.disk("disk"),
+            self.net
+        );
+        Run {
+            name: run_name(self.name, vhost),
+            words: qemu::words(&cmdline, &options),
+            measure: Measure::Lines { code: 0, limit: LIMIT },
+        }
     }
-}
 
-fn qemu_disk(file: &str) -> String {
-    format!(
-        "-object iothread,id=io -drive if=none,id=disk,file={file},format=raw,aio=io_uring \
-         -device virtio-blk-pci,drive=disk,iothread=io"
-    )
+    fn disk(&self, file: &str) -> String {
+        format!("-drive if=none,id=disk,file={file},format=raw,aio=io_uring {}", self.disk)
+    }
 }
 
 /// Adds the Debian image, which is as large as the emulated host's memory can hold only without its holes.
@@ -265,57 +313,4 @@ fn add_debian(plan: &mut Plan) -> Result<()> {
 
 fn login() -> Measure {
     Measure::Until { text: "login: ".to_owned(), limit: LIMIT }
-}
-
-/// The figures of one VMM.
-fn figures(measured: &BTreeMap<String, Measured>, whose: &str) -> Result<Figures> {
-    let mut figures = Figures::new();
-    for vhost in ["off", "on"] {
-        let Some(measured) = measured.get(&run_name(whose, vhost)) else { continue };
-        for load in loads(vhost) {
-            let name = run_name(load.name, vhost);
-            let figure = load.figure(&measured.lines, 1);
-            if let Some(figure) = figure.with_context(|| format!("{whose}: {name}"))? {
-                figures.insert(name, figure);
-            }
-        }
-    }
-    Ok(figures)
-}
-
-/// The median of each figure over the runs that gave it.
-fn medians(measured: &BTreeMap<String, Measured>, whose: &str) -> Result<Figures> {
-    let mut all: BTreeMap<String, Vec<Figure>> = BTreeMap::new();
-    for (name, measured) in measured {
-        let Some((_, name)) = name.split_once(' ') else { continue };
-        let vhost = if name.ends_with(VHOST) { "on" } else { "off" };
-        for load in loads(vhost).into_iter().filter(|_| name == run_name(whose, vhost)) {
-            all.entry(run_name(load.name, vhost)).or_default().extend(load.figure(&measured.lines, REAL_TIME_SCALE)?);
-        }
-    }
-    let middle = |mut figures: Vec<Figure>| {
-        figures.sort_unstable_by_key(|figure| figure.nanoseconds);
-        figures.get(figures.len() / 2).copied()
-    };
-    Ok(all.into_iter().filter_map(|(name, figures)| Some((name, middle(figures)?))).collect())
-}
-
-fn print(ours: &Figures, theirs: &Figures) {
-    println!("{:42} {:>10} {:>10} {:>6} {:>6} {:>14}", "", OURS, QEMU, "times", "asked", "exits a piece");
-    for vhost in ["off", "on"] {
-        for load in loads(vhost) {
-            let name = run_name(load.name, vhost);
-            let shown = |figures: &Figures| figures.get(&name).map_or("-".to_owned(), |figure| load.shown(figure));
-            let exits = |figures: &Figures| {
-                figures.get(&name).map_or("-".to_owned(), |figure| format!("{:.1}", ratio(figure.exits, 1000)))
-            };
-            let times = match (ours.get(&name), theirs.get(&name)) {
-                (Some(ours), Some(theirs)) => format!("{:.2}", ratio(theirs.nanoseconds, ours.nanoseconds)),
-                _ => "-".to_owned(),
-            };
-            let asked = if vhost == "on" { 1.0 } else { load.asked };
-            let exits = format!("{} / {}", exits(ours), exits(theirs));
-            println!("{name:42} {:>10} {:>10} {times:>6} {asked:>6} {exits:>14}", shown(ours), shown(theirs));
-        }
-    }
 }

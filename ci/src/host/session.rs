@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 use super::Host;
+use super::emulator::Emulator;
 use super::inside::INIT;
 use super::process::{Helper, Signals};
 use super::spec::Spec;
@@ -23,7 +24,6 @@ use super::terminal::Terminal;
 use crate::assets::{self, Kernel};
 use crate::cpio::Archive;
 
-const QEMU: &str = "qemu-system-x86_64";
 const VIRTIOFSD: &str = "/usr/lib/qemu/virtiofsd";
 /// How much of the console and of the helpers' messages is kept for the case of a failure.
 const LOG_BYTES: usize = 8 << 10;
@@ -269,13 +269,11 @@ struct Inherited {
 }
 
 fn start_qemu(host: &Host, kernel: &Kernel, inherited: Inherited, log: io::PipeWriter) -> Result<Helper> {
-    let mut command = Command::new(QEMU);
+    let emulator = Emulator::find()?;
+    let mut command = emulator.command();
     let mem = host.mem;
-    // QEMU's VMRUN and #VMEXIT clear a bit in its word of pending interrupts without a lock, so an interrupt that another
-    // thread sets at that moment is lost, and with a timer's the host stands still. When it counts instructions, timers
-    // run on the processor's own thread. Idle, the clock follows the real one (`sleep=on`): it does not jump while the
-    // host waits for the machine's files.
-    let accelerator = if host.cpus == 1 {
+    // Idle, the clock follows the real one (`sleep=on`): it does not jump while the host waits for the machine's files.
+    let accelerator = if host.icount || (host.cpus == 1 && !emulator.is_sound()) {
         command.args(["-icount", "shift=0,sleep=on"]);
         "tcg,thread=single,tb-size=1024"
     } else {
