@@ -11,6 +11,7 @@ use std::io::{BufRead, BufReader, Read};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::Mutex;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -37,6 +38,9 @@ const TICK: u64 = 4_000_000;
 /// How many more runs a short one gets, spread over a tick.
 const PHASES: u64 = 8;
 
+/// How often a run may come to nothing.
+const CHANCES: usize = 3;
+
 /// What `cargo xtask bench inside` takes.
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -59,17 +63,43 @@ pub(super) struct Plan {
 }
 
 impl Plan {
-    /// Has this program carry it out in an emulated host. Returns what was measured, by the names of the runs.
+    /// Has this program carry it out, each run in an emulated host of its own, as many side by side as there are
+    /// processors; on the instruction clock none sees the others. Returns what was measured, by the names of the runs.
     ///
-    /// QEMU has been seen to stand still, once in some dozens of hosts: it has a second chance, and says so.
-    pub(super) fn carry_out(&self, host: &Host) -> Result<BTreeMap<String, Measured>> {
-        self.try_in(host).or_else(|error| {
-            eprintln!("Once more, because: {error:#}");
-            self.try_in(host)
+    /// When it counts instructions QEMU stands still in one host of a dozen, so a run has several chances, and says so.
+    pub(super) fn carry_out(self, host: &Host) -> Result<BTreeMap<String, Measured>> {
+        let Self { files, prepare, services, runs, tolerant } = self;
+        let queue = Mutex::new(runs.into_iter());
+        let lane = || {
+            let mut measured = BTreeMap::new();
+            while let Some(run) = { queue.lock().expect("no lane panics").next() } {
+                let (files, prepare, services) = (files.clone(), prepare.clone(), services.clone());
+                let plan = Self { files, prepare, services, runs: vec![run], tolerant };
+                measured.extend(plan.try_several_times(host)?);
+            }
+            Ok(measured)
+        };
+        let lanes = thread::available_parallelism()?.get();
+        thread::scope(|scope| {
+            let lanes: Vec<_> = (0..lanes).map(|_| scope.spawn(lane)).collect();
+            let results = lanes.into_iter().map(|lane| lane.join().expect("a measurement does not panic"));
+            let results: Vec<BTreeMap<_, _>> = results.collect::<Result<_>>()?;
+            Ok(results.into_iter().flatten().collect())
         })
     }
 
-    fn try_in(&self, host: &Host) -> Result<BTreeMap<String, Measured>> {
+    fn try_several_times(&self, host: &Host) -> Result<BTreeMap<String, Measured>> {
+        for _ in 1..CHANCES {
+            match self.carry_out_together(host) {
+                Ok(measured) => return Ok(measured),
+                Err(error) => eprintln!("Once more, because: {error:#}"),
+            }
+        }
+        self.carry_out_together(host)
+    }
+
+    /// As [`Plan::carry_out`], all runs in one emulated host, one after the other, and once.
+    pub(super) fn carry_out_together(&self, host: &Host) -> Result<BTreeMap<String, Measured>> {
         let file = tempfile::NamedTempFile::new()?;
         fs::write(file.path(), serde_json::to_string(self)?)?;
         let mut command = Command::new(std::env::current_exe()?);

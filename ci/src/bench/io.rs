@@ -93,7 +93,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     setup::run()?;
     let bench = Bench::new()?;
     let step = progress::step("Measuring on the instruction clock; this takes some minutes");
-    let host = Host { timeout: 1800, icount: true, ..Host::default() };
+    let host = Host { timeout: 900, icount: true, ..Host::default() };
     let (ours, theirs) = (bench.our_plan(args)?, bench.qemu_plan(args)?);
     let measured = thread::scope(|scope| {
         let theirs = scope.spawn(|| theirs.carry_out(&host));
@@ -210,7 +210,7 @@ impl Bench {
             }
             plan.files.extend(self.qemu.clone());
             let host = Host { timeout: 900, cpus: 2, ..Host::default() };
-            let results = plan.carry_out(&host)?;
+            let results = plan.carry_out_together(&host)?;
             measured.extend(results.into_iter().map(|(name, result)| (format!("{number} {name}"), result)));
         }
         Ok(measured)

@@ -2,6 +2,7 @@
 #![allow(unsafe_code, reason = "a job carries addresses of guest memory to another thread")]
 
 use std::io;
+use std::sync::atomic::AtomicU64;
 
 use libc::iovec;
 
@@ -100,24 +101,27 @@ impl Job {
         self.op = op;
         let mut left = usize::try_from(self.length).unwrap_or(usize::MAX);
         while left > 0 && self.buffers.len() < MOST_BUFFERS {
-            let step = left.min(ZEROS.0.len());
+            let step = left.min(size_of::<Zeros>());
             self.buffers.push(iovec { iov_base: ZEROS.0.as_ptr().cast_mut().cast(), iov_len: step });
             left -= step;
         }
     }
 }
 
-/// What zeros are written from, where the host knows no better way. Aligned as `O_DIRECT` wants it.
+/// What zeros are written from, where the host knows no better way. Aligned as `O_DIRECT` wants it. Nobody writes to the
+/// cells; but what could be written to is no part of the program's file as long as it is zero.
 #[repr(align(4096))]
-struct Zeros([u8; 64 << 10]);
+struct Zeros([AtomicU64; (64 << 10) / size_of::<AtomicU64>()]);
 
-static ZEROS: Zeros = Zeros([0; 64 << 10]);
+static ZEROS: Zeros = Zeros([const { AtomicU64::new(0) }; _]);
 
 /// The longest run of zeros that [`Job::write_zeros`] can do at once, in bytes.
 pub(super) const MOST_ZEROS: u64 = 32 << 20;
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::Ordering;
+
     use super::*;
 
     fn job(lengths: &[usize]) -> Job {
@@ -157,6 +161,6 @@ mod tests {
         job.set(Op::Zero, 0, MOST_ZEROS);
         job.write_zeros(Op::Write);
         assert_eq!(job.buffers().iter().map(|buffer| buffer.iov_len as u64).sum::<u64>(), MOST_ZEROS);
-        assert!(job.is_aligned(4096) && ZEROS.0.iter().all(|byte| *byte == 0));
+        assert!(job.is_aligned(4096) && ZEROS.0.iter().all(|cell| cell.load(Ordering::Relaxed) == 0));
     }
 }
