@@ -1,5 +1,6 @@
 //! The `vmm` command: reads what is asked, does it, and says how it ended.
 
+mod backtrace;
 mod boot;
 mod check;
 mod cli;
@@ -13,6 +14,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 fn main() -> ExitCode {
+    backtrace::switch_off();
     let start = Instant::now();
     match cli::run(start) {
         Ok(code) => code,

@@ -27,7 +27,8 @@ impl Vmm {
     /// The command with these arguments.
     pub(crate) fn new<A: AsRef<OsStr>>(arguments: impl IntoIterator<Item = A>) -> Self {
         let mut command = Command::new(vmm());
-        command.args(arguments);
+        // The release build cannot make backtraces, and is not to try.
+        command.args(arguments).env("RUST_BACKTRACE", "1");
         Self { command, files: Vec::new() }
     }
 
@@ -35,6 +36,7 @@ impl Vmm {
     pub(crate) fn by(self, wrapper: &[&str]) -> Self {
         let mut command = Command::new(wrapper[0]);
         command.args(&wrapper[1..]).arg(self.command.get_program()).args(self.command.get_args());
+        command.env("RUST_BACKTRACE", "1");
         Self { command, ..self }
     }
 
