@@ -10,14 +10,14 @@ use super::source::{Source, identifiers};
 
 /// The crates from the bottom to the top: each may use those of the rows before its own.
 const ORDER: [&[&str]; 8] = [
-    &["kv"],
+    &["kv", "guest"],
     &["memory"],
     &["kvm", "boot", "bus"],
     &["virtio"],
     &["devices"],
     &["machine"],
     &["api", "sandbox", "fleet"],
-    &["vmm", "guest", "xtask"],
+    &["vmm", "xtask"],
 ];
 
 /// Dependencies that one crate keeps to itself, so that it is the only place to look for what they do.
