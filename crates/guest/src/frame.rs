@@ -150,8 +150,8 @@ pub struct Decoder {
 }
 
 impl Decoder {
-    /// Takes bytes of the stream. Ask [`next`](Self::next) until there is no more before the next ones, and what is kept
-    /// stays as short as a frame.
+    /// Takes bytes of the stream. Ask [`next`](Self::next) until there is no more before the next ones, and what is
+    /// kept stays as short as a frame.
     pub fn feed(&mut self, bytes: &[u8]) {
         self.buffer.extend_from_slice(bytes);
     }

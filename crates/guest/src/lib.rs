@@ -11,8 +11,8 @@
 //! later one request, the machine's main command, whose end is the machine's end. Every other request has a connection
 //! of its own, which the host makes to [`GUEST_PORT`] of the guest.
 //!
-//! A connection lasts for as long as both sides keep it open. The host must not close its half early: the end of what it
-//! says is the end of a command that still runs.
+//! A connection lasts for as long as both sides keep it open. The host must not close its half early: the end of what
+//! it says is the end of a command that still runs.
 //!
 //! Neither side trusts the other's bytes: what cannot be parsed is an error and never a panic, and nothing that a peer
 //! says has memory set aside for it before it has come.

@@ -2,7 +2,7 @@
 //!
 //! | request | what follows from the host | what the guest answers |
 //! |---|---|---|
-//! | [`Request::Exec`] | `Stdin` frames, [`Control`] messages | `Started`, output and `Window`s, `Exited` or `Killed`; or `NotStarted` |
+//! | [`Request::Exec`] | `Stdin`, [`Control`] | `Started`, output, `Window`, `Exited` or `Killed`; or `NotStarted` |
 //! | [`Request::Put`] | a copy | `Done` or `Failed` |
 //! | [`Request::Get`] | | a copy and `Done`; or `Failed`, at any time |
 //! | [`Request::Probe`] | | `Healthy` or `Unhealthy` |

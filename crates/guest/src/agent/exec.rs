@@ -68,7 +68,7 @@ struct Session<'a> {
     /// Bytes that were taken from `input` and not yet given back to the host's window.
     taken: usize,
     outputs: Vec<Output>,
-    /// The program's end of its terminal. While we have it, the terminal lives on though the program closes and opens it.
+    /// The program's end of its terminal. While we have it, the program can close the terminal and open it again.
     terminal: Option<OwnedFd>,
     is_terminal: bool,
     end: Option<End>,

@@ -36,8 +36,8 @@ impl Limits {
 }
 
 /// Receives a copy. If `destination` is a folder, it goes into it under its own name; otherwise it becomes
-/// `destination`, in a folder that must be there. Files and links that are in the way are replaced, folders are kept and
-/// filled.
+/// `destination`, in a folder that must be there. Files and links that are in the way are replaced, folders are kept
+/// and filled.
 ///
 /// # Errors
 ///

@@ -16,7 +16,7 @@ use crate::frame::{self, MOST_PAYLOAD};
 const DEEPEST: usize = 128;
 
 /// Sends a file or folder, with all that is in it. If `source` is a symbolic link, what it leads to is sent; further
-/// links are sent as they are. Returns how many things were left out since they are neither files nor folders nor links.
+/// links are sent as they are. Returns how many things were left out, being neither files nor folders nor links.
 ///
 /// # Errors
 ///
