@@ -20,17 +20,25 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::consoles::{Consoles, EventLoop};
 use crate::exit::{Usage, code_of_outcome, code_of_signal};
+use crate::run::Session;
 use crate::signals::Signals;
 use crate::trim;
 
 /// How long a guest has to power off after its power button was pressed.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// How many signals a command may take without ending, before the next one ends the machine.
+const MOST_PASSED_ON: u32 = 3;
 /// How long the end of the guest's output waits for a reader that has stopped.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// Boots what `config` describes, and listens at `api_socket` for what is asked of it. Returns when the guest has ended
-/// for good.
-pub(crate) fn boot(config: &VmConfig, api_socket: Option<&Path>, start: Instant) -> anyhow::Result<ExitCode> {
+/// for good, or the command of `session`, without which a guest's end is an error.
+pub(crate) fn boot(
+    config: &VmConfig,
+    api_socket: Option<&Path>,
+    session: Option<&Session>,
+    start: Instant,
+) -> anyhow::Result<ExitCode> {
     let mut config = config.clone();
     // What is shown of them and what they answer to is the same.
     config.devices = config.devices.named().map_err(|error| Usage(format!("{error:#}")))?;
@@ -40,7 +48,10 @@ pub(crate) fn boot(config: &VmConfig, api_socket: Option<&Path>, start: Instant)
     std::fs::write("/proc/self/comm", &name).context("Cannot name the process")?;
     let host = Host::open(Path::new(Host::DEVICE)).map_err(ConfigError::from)?;
     let cache = if config.no_kernel_cache { None } else { Cache::of_user() };
-    let mut main_loop = MainLoop::new(&config, api_socket)?;
+    let mut main_loop = MainLoop::new(&config, api_socket, session)?;
+    if let Some(session) = session {
+        session.start()?;
+    }
     loop {
         let paused = {
             let serial = main_loop.consoles.serial.borrow();
@@ -81,6 +92,14 @@ pub(crate) fn boot(config: &VmConfig, api_socket: Option<&Path>, start: Instant)
             drop(machine);
         }
         match (end, outcome) {
+            (End::Command, _) => {
+                main_loop.finish();
+                return Ok(ExitCode::SUCCESS);
+            }
+            (_, Some(outcome)) if session.is_some() => {
+                main_loop.finish();
+                anyhow::bail!("{} before the command had ended", with_cure(&outcome, &host));
+            }
             (_, Some(outcome)) => {
                 main_loop.finish();
                 eprintln!("{name}: {}", with_cure(&outcome, &host));
@@ -118,23 +137,28 @@ enum End {
     Quit,
     /// A signal, and no power off in time.
     Signal(u8),
+    /// The command that the machine is there for has ended, or cannot be run.
+    Command,
 }
 
 /// The main thread's loop: the consoles, signals, requests, and the end of the guest.
-struct MainLoop {
+struct MainLoop<'a> {
     events: EventLoop,
     consoles: Consoles,
     signals: Rc<RefCell<Signals>>,
     server: Option<Server>,
+    session: Option<&'a Session>,
     quit: Arc<AtomicBool>,
     /// Written when a guest has ended.
     ended: EventFd,
     /// The signal that pressed the power button, and when patience is over.
     stopping: Option<(u8, Instant)>,
+    /// How many signals were passed on to the command.
+    passed_on: u32,
 }
 
-impl MainLoop {
-    fn new(config: &VmConfig, api_socket: Option<&Path>) -> anyhow::Result<Self> {
+impl<'a> MainLoop<'a> {
+    fn new(config: &VmConfig, api_socket: Option<&Path>, session: Option<&'a Session>) -> anyhow::Result<Self> {
         let quit = Arc::new(AtomicBool::new(false));
         let asked = quit.clone();
         let consoles = Consoles::open(config, move || asked.store(true, Ordering::Relaxed))?;
@@ -146,11 +170,12 @@ impl MainLoop {
         events.add_subscriber(signals.clone());
         // Its thread is to have the signals blocked, too.
         let server = api_socket.map(Server::listen).transpose().map_err(|error| Usage(format!("{error:#}")))?;
-        for wake in [&ended].into_iter().chain(server.as_ref().map(Server::called)) {
+        let called = server.as_ref().map(Server::called).into_iter().chain(session.map(Session::ended));
+        for wake in [&ended].into_iter().chain(called) {
             let wake = wake.try_clone().context("Cannot duplicate an eventfd")?;
             events.add_subscriber(Rc::new(RefCell::new(Wake(wake))));
         }
-        Ok(Self { events, consoles, signals, server, quit, ended, stopping: None })
+        Ok(Self { events, consoles, signals, server, session, quit, ended, stopping: None, passed_on: 0 })
     }
 
     /// Runs until the guest ends, or is to be ended.
@@ -159,6 +184,9 @@ impl MainLoop {
             // One in each turn, so that clients keep neither signals nor the console waiting.
             if let Some(call) = self.server.as_ref().and_then(Server::next_call) {
                 call.answer(|request| machine.perform(request));
+            }
+            if self.session.is_some_and(Session::has_ended) {
+                return Ok(End::Command);
             }
             if machine.has_ended() {
                 return Ok(End::Guest);
@@ -187,9 +215,22 @@ impl MainLoop {
         match signal {
             libc::SIGTSTP => self.consoles.suspend(),
             libc::SIGCONT => self.consoles.resume(),
-            libc::SIGWINCH => self.consoles.resize(),
+            libc::SIGWINCH => {
+                self.consoles.resize();
+                if let Some(session) = self.session {
+                    session.resize();
+                }
+            }
             signal => {
+                if self.passed_on < MOST_PASSED_ON && self.session.is_some_and(|session| session.signal(signal)) {
+                    self.passed_on += 1;
+                    return Ok(None);
+                }
                 let signal = u8::try_from(signal).expect("signals have small numbers");
+                // A machine that is there for a command has nobody who listens to its power button.
+                if self.session.is_some() {
+                    return Ok(Some(End::Signal(signal)));
+                }
                 if self.stopping.is_some() {
                     return Ok(Some(End::Signal(signal)));
                 }

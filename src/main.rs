@@ -7,6 +7,7 @@ mod cli;
 mod consoles;
 mod exit;
 mod logger;
+mod run;
 mod signals;
 mod trim;
 

@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result};
+use guest::initramfs::Archive;
 
 use crate::apt::{self, Package};
 use crate::cache;
-use crate::cpio::Archive;
 use crate::image::{self, ImageSpec};
 use crate::{kernel, progress};
 
@@ -234,7 +234,7 @@ fn add_modules(archive: &mut Archive, directory: &str, kernel: &Kernel, modules:
         names.push_str(name);
         names.push('\n');
     }
-    archive.file(&format!("{directory}/order"), 0o644, names.as_bytes())
+    Ok(archive.file(&format!("{directory}/order"), 0o644, names.as_bytes())?)
 }
 
 /// The files of `modules` and of all that they need, each after what it needs.

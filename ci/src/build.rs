@@ -23,6 +23,14 @@ pub(crate) fn vmm() -> Result<PathBuf> {
     executable.context("Cargo built no vmm")
 }
 
+/// The guest's agent, as the release build of `vmm` holds it.
+pub(crate) fn agent() -> Result<PathBuf> {
+    // `build.rs` builds the same in a place of its own.
+    let artifacts = build(&["build", "--profile", "agent", "--package", "guest", "--bin", "vmm-agent"])?;
+    let executable = artifacts.into_iter().find_map(|artifact| artifact.executable);
+    executable.context("Cargo built no agent")
+}
+
 /// The workspace's unit tests, and the integration tests that a plain `cargo test` runs.
 pub(crate) fn tests() -> Result<Vec<Executable>> {
     test_executables(&["--workspace"])

@@ -13,7 +13,7 @@
 //! | `image` | [`image`] | makes a Debian image, and the file that boots it |
 //!
 //! Beneath them: [`assets`] (kernels and initramfs files, made on demand), [`apt`] (where kernels come from), [`cache`]
-//! (where all that is kept, outside the clone), [`cpio`] (the initramfs writer), [`build`] (what Cargo builds),
+//! (where all that is kept, outside the clone), [`build`] (what Cargo builds),
 //! [`place`] (here or in the emulated host) and [`progress`]. What runs in guests is in `ci/guest`.
 
 use std::process::ExitCode;
@@ -25,7 +25,6 @@ mod assets;
 mod bench;
 mod build;
 mod cache;
-mod cpio;
 mod demo;
 mod host;
 mod image;

@@ -119,7 +119,7 @@ impl Job<'_> {
             return Ok((first, code));
         }
         let name = &self.executable.name;
-        step.suspend(|| eprintln!("{}\n{name} has failed once, in an emulated host.", first.output));
+        step.suspend(|| eprintln!("{}\n{name} has failed once (exit code {code}), in an emulated host.", first.output));
         if !first.finished || first.failed.is_empty() || first.failed.iter().any(|test| test == UNNAMED) {
             let (mut second, code) = self.run(args.all, &filter, step)?;
             second.again = if code == 0 { vec!["all of it".to_owned()] } else { Vec::new() };

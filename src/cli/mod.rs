@@ -21,6 +21,7 @@ use machine::{CpusSpec, VmConfig};
 use memory::MemorySpec;
 
 use crate::exit::{TABLE, Usage};
+use crate::run::RunSpec;
 
 /// Boots an unmodified Linux kernel in a small, isolated machine of its own.
 ///
@@ -67,6 +68,11 @@ enum Command {
     },
     /// Controls a machine that runs, through its --api-socket
     Ctl(ctl::CtlArgs),
+    /// Runs a command in a machine of its own: vmm run -- make test
+    Run(RunSpec),
+    /// Deals with the kernel that vmm run boots
+    #[command(subcommand)]
+    Kernel(KernelCommand),
     /// Prints a shell's completion script
     Completions {
         /// The shell
@@ -76,6 +82,15 @@ enum Command {
     Man,
 }
 
+#[derive(Debug, Subcommand)]
+enum KernelCommand {
+    /// Makes a kernel the one that vmm run boots unless it names another
+    Install {
+        /// A bzImage or an uncompressed vmlinux, with all that a run needs built in
+        path: PathBuf,
+    },
+}
+
 /// Does what the command line asks. `start` is when the process began.
 pub(crate) fn run(start: Instant) -> anyhow::Result<ExitCode> {
     let Cli { command, boot } = match parse(std::env::args_os()) {
@@ -83,6 +98,11 @@ pub(crate) fn run(start: Instant) -> anyhow::Result<ExitCode> {
         Err(error) if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) => {
             error.print().context("Cannot print the help")?;
             return Ok(ExitCode::SUCCESS);
+        }
+        // Every code but this may be the command's own.
+        Err(error) if std::env::args_os().nth(1).is_some_and(|verb| verb == "run") => {
+            eprintln!("vmm run: {}", one_line(&error));
+            return Ok(ExitCode::from(crate::run::OURS));
         }
         Err(error) => return Err(one_line(&error).into()),
     };
@@ -94,10 +114,18 @@ pub(crate) fn run(start: Instant) -> anyhow::Result<ExitCode> {
                 Some(path) => machine.over(file::read(&path)?),
                 None => machine,
             };
-            crate::boot::boot(&machine, api_socket.as_deref(), start)
+            crate::boot::boot(&machine, api_socket.as_deref(), None, start)
         }
         Some(Command::Check { json }) => Ok(crate::check::run(json)),
         Some(Command::Ctl(args)) => ctl::run(&args),
+        Some(Command::Run(spec)) => {
+            crate::logger::start(LevelFilter::Warn, None)?;
+            Ok(crate::run::run(&spec, start))
+        }
+        Some(Command::Kernel(KernelCommand::Install { path })) => {
+            println!("vmm run boots {} now", crate::run::kernel::install(&path)?.display());
+            Ok(ExitCode::SUCCESS)
+        }
         Some(Command::Completions { shell }) => {
             clap_complete::generate(shell, &mut command_with_help(), "vmm", &mut std::io::stdout());
             Ok(ExitCode::SUCCESS)

@@ -10,10 +10,10 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
+use guest::initramfs::Archive;
 
 use crate::apt::{self, Package};
 use crate::cache;
-use crate::cpio::Archive;
 
 /// The programs' packages and those of the libraries that they use.
 const PACKAGES: [&str; 10] =

@@ -14,6 +14,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use guest::initramfs::Archive;
 
 use super::Host;
 use super::emulator::Emulator;
@@ -22,7 +23,6 @@ use super::process::{Helper, Signals};
 use super::spec::Spec;
 use super::terminal::Terminal;
 use crate::assets::{self, Kernel};
-use crate::cpio::Archive;
 
 const VIRTIOFSD: &str = "/usr/lib/qemu/virtiofsd";
 /// How much of the console and of the helpers' messages is kept for the case of a failure.

@@ -7,8 +7,7 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
-
-use crate::cpio::Archive;
+use guest::initramfs::Archive;
 
 /// One command, and where and how to run it.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -49,7 +48,7 @@ impl Spec {
         archive.file("spec/environment", 0o600, &join(environment.iter().map(Vec::as_slice)))?;
         archive.file("spec/directory", 0o600, self.directory.as_os_str().as_bytes())?;
         archive.file("spec/modules", 0o600, self.modules.as_os_str().as_bytes())?;
-        archive.file("spec/terminal", 0o600, terminal.unwrap_or_default().as_bytes())
+        Ok(archive.file("spec/terminal", 0o600, terminal.unwrap_or_default().as_bytes())?)
     }
 
     /// Reads the files back, under `root`.

@@ -5,6 +5,7 @@
 //! | [`frame`] | kind, length and payload: how anything is said |
 //! | [`request`] | what the host asks for and what the guest answers, as JSON |
 //! | [`copy`] | files and folders, in both directions |
+//! | [`initramfs`] | the archive that the agent comes in |
 //!
 //! The agent connects to [`HOST_PORT`] of the host: that is the control connection. On it the host sends a
 //! [`Setup`](request::Setup), which the agent answers with [`Answer::Ready`](request::Answer::Ready) or a failure, and
@@ -19,6 +20,7 @@
 
 pub mod copy;
 pub mod frame;
+pub mod initramfs;
 pub mod request;
 
 /// The vsock port of the host (CID 2) that the agent connects to.

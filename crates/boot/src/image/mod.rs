@@ -133,6 +133,11 @@ pub fn open(path: &Path) -> Result<File, ImageError> {
     file.map_err(|e| ImageError::new(path, ImageFault::Open(e)))
 }
 
+/// Checks that `file`, which the user knows as `path`, is a kernel image by its header. Its content may still be damaged.
+pub fn check(path: &Path, file: &File) -> Result<(), ImageError> {
+    Image::probe(file).map(|_| ()).map_err(|fault| ImageError::new(path, fault))
+}
+
 /// Puts the kernel image `file`, which the user knows as `path`, into guest memory.
 ///
 /// The memory must be fresh, that is zeroed: .bss and .brk are not written.

@@ -5,8 +5,7 @@
 //! other in one initramfs. Left out: hard links, owners other than root, times (all 0), checksums.
 
 use std::collections::BTreeSet;
-
-use anyhow::{Context, Result, ensure};
+use std::io::{self, ErrorKind};
 
 const DIRECTORY: u32 = 0o040_000;
 const REGULAR: u32 = 0o100_000;
@@ -16,19 +15,27 @@ const CHARACTER: u32 = 0o020_000;
 /// An initramfs in the making. Paths are relative to its root and without a leading slash; the directories above an
 /// entry are made by themselves.
 #[derive(Default)]
-pub(crate) struct Archive {
+pub struct Archive {
     bytes: Vec<u8>,
     paths: BTreeSet<String>,
 }
 
 impl Archive {
     /// Adds a regular file with the permissions `mode`.
-    pub(crate) fn file(&mut self, path: &str, mode: u32, content: &[u8]) -> Result<()> {
+    ///
+    /// # Errors
+    ///
+    /// As for the others: the path is there already, or the file is too large (`InvalidInput`).
+    pub fn file(&mut self, path: &str, mode: u32, content: &[u8]) -> io::Result<()> {
         self.entry(path, REGULAR | mode, (0, 0), content)
     }
 
     /// Adds a directory, unless it is there.
-    pub(crate) fn directory(&mut self, path: &str) -> Result<()> {
+    ///
+    /// # Errors
+    ///
+    /// As for [`Archive::file`].
+    pub fn directory(&mut self, path: &str) -> io::Result<()> {
         if self.paths.contains(path) {
             return Ok(());
         }
@@ -36,33 +43,47 @@ impl Archive {
     }
 
     /// Adds a symbolic link to `target`.
-    pub(crate) fn symlink(&mut self, path: &str, target: &str) -> Result<()> {
+    ///
+    /// # Errors
+    ///
+    /// As for [`Archive::file`].
+    pub fn symlink(&mut self, path: &str, target: &str) -> io::Result<()> {
         self.entry(path, SYMLINK | 0o777, (0, 0), target.as_bytes())
     }
 
     /// Adds a character device node for root.
-    pub(crate) fn character_device(&mut self, path: &str, major: u32, minor: u32) -> Result<()> {
+    ///
+    /// # Errors
+    ///
+    /// As for [`Archive::file`].
+    pub fn character_device(&mut self, path: &str, major: u32, minor: u32) -> io::Result<()> {
         self.entry(path, CHARACTER | 0o600, (major, minor), &[])
     }
 
     /// The finished archive.
-    pub(crate) fn finish(mut self) -> Result<Vec<u8>> {
+    ///
+    /// # Errors
+    ///
+    /// As for [`Archive::file`].
+    pub fn finish(mut self) -> io::Result<Vec<u8>> {
         self.append("TRAILER!!!", 0, (0, 0), &[])?;
         Ok(self.bytes)
     }
 
-    fn entry(&mut self, path: &str, mode: u32, device: (u32, u32), content: &[u8]) -> Result<()> {
+    fn entry(&mut self, path: &str, mode: u32, device: (u32, u32), content: &[u8]) -> io::Result<()> {
         if let Some((parent, _)) = path.rsplit_once('/') {
             self.directory(parent)?;
         }
-        ensure!(self.paths.insert(path.to_owned()), "{path} stands twice in an initramfs");
+        if !self.paths.insert(path.to_owned()) {
+            return Err(invalid(format!("{path} stands twice in an initramfs")));
+        }
         self.append(path, mode, device, content)
     }
 
-    fn append(&mut self, path: &str, mode: u32, device: (u32, u32), content: &[u8]) -> Result<()> {
-        let size = u32::try_from(content.len()).with_context(|| format!("{path} is too large for an initramfs"))?;
-        let inode = u32::try_from(self.paths.len())?;
-        let name_size = u32::try_from(path.len() + 1)?;
+    fn append(&mut self, path: &str, mode: u32, device: (u32, u32), content: &[u8]) -> io::Result<()> {
+        let number =
+            |count: usize| u32::try_from(count).map_err(|_| invalid(format!("{path} is too large for an initramfs")));
+        let (size, inode, name_size) = (number(content.len())?, number(self.paths.len())?, number(path.len() + 1)?);
         self.bytes.extend_from_slice(b"070701");
         let (uid, gid, links, time, checksum) = (0, 0, 1, 0, 0);
         for field in [inode, mode, uid, gid, links, time, size, 0, 0, device.0, device.1, name_size, checksum] {
@@ -80,6 +101,10 @@ impl Archive {
     fn align(&mut self) {
         self.bytes.resize(self.bytes.len().next_multiple_of(4), 0);
     }
+}
+
+fn invalid(message: String) -> io::Error {
+    io::Error::new(ErrorKind::InvalidInput, message)
 }
 
 #[cfg(test)]

@@ -1,0 +1,307 @@
+//! What a run comes to: the machine, what its agent is to set up, and the command.
+
+use std::env;
+use std::fs::File;
+use std::io::Write as _;
+use std::os::fd::AsRawFd as _;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context as _, bail};
+use boot::KernelSpec;
+use devices::Devices;
+use devices::console::SerialSpec;
+use devices::fs::{Cache, ShareSpec};
+use devices::vsock::VsockSpec;
+use guest::initramfs::Archive;
+use guest::request::{Exec, Mount, MountFlag, Program, Setup};
+use machine::{CpusSpec, OnEnd, VmConfig};
+use memory::MemorySpec;
+use rustix::fs::{MemfdFlags, memfd_create};
+
+use super::folder::Folder;
+use super::{kernel, terminal, userland};
+
+/// The guest's PID 1, which `build.rs` has built.
+static AGENT: &[u8] = include_bytes!(env!("VMM_AGENT"));
+
+/// Major and minor number of `/dev/console`.
+const CONSOLE: (u32, u32) = (5, 1);
+/// The folder that a rootfs is mounted to, before it is the root.
+const NEW_ROOT: &str = "/newroot";
+
+/// A command in a machine of its own, as it is asked for.
+#[derive(Debug, clap::Args)]
+pub(crate) struct RunSpec {
+    /// The kernel, with everything that it needs built in; the one in the data folder (~/.local/share/vmm/kernel) unless
+    /// said
+    #[arg(long, value_name = "PATH", value_parser = kv::from_str::<KernelSpec>)]
+    kernel: Option<KernelSpec>,
+    /// A folder that is the guest's root instead of the host's own programs; what is written there is thrown away
+    #[arg(long, value_name = "DIR")]
+    rootfs: Option<PathBuf>,
+    /// A folder of the host's that the guest has too (can be said again for another)
+    #[arg(short, long = "volume", value_name = "HOST:GUEST[:ro]")]
+    volumes: Vec<Volume>,
+    /// A variable of the command's environment; without a value, the one that it has here (can be said again)
+    #[arg(short, long, value_name = "NAME[=VALUE]")]
+    env: Vec<Variable>,
+    /// The folder that the command starts in
+    #[arg(short, long, value_name = "DIR")]
+    workdir: Option<String>,
+    /// Whom the command runs as in the guest; root unless said
+    #[arg(short, long, value_name = "NAME|UID[:GROUP|GID]")]
+    user: Option<String>,
+    /// Pass standard input on
+    #[arg(short, long)]
+    interactive: bool,
+    /// Give the command a terminal
+    #[arg(short, long)]
+    tty: bool,
+    /// RAM, 512M unless said
+    #[arg(long, value_name = "SIZE[,…]", value_parser = kv::from_str::<MemorySpec>)]
+    mem: Option<MemorySpec>,
+    /// Processors, 1 unless said
+    #[arg(long, value_name = "N[,…]", value_parser = kv::from_str::<CpusSpec>)]
+    cpus: Option<CpusSpec>,
+    /// The machine's name, which is its host name too
+    #[arg(long)]
+    name: Option<String>,
+    /// The command and its arguments
+    #[arg(required = true, last = true, value_name = "COMMAND")]
+    command: Vec<String>,
+}
+
+/// A folder of the host's and where the guest has it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Volume {
+    host: PathBuf,
+    guest: String,
+    readonly: bool,
+}
+
+impl FromStr for Volume {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (host, guest, readonly) = match text.split(':').collect::<Vec<_>>()[..] {
+            [host, guest] | [host, guest, "rw"] => (host, guest, false),
+            [host, guest, "ro"] => (host, guest, true),
+            _ => return Err("say HOST:GUEST or HOST:GUEST:ro".into()),
+        };
+        if host.is_empty() || !guest.starts_with('/') {
+            return Err("the guest's folder begins with a slash: say HOST:/GUEST".into());
+        }
+        Ok(Self { host: host.into(), guest: guest.into(), readonly })
+    }
+}
+
+/// A variable of an environment.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Variable(String, String);
+
+impl FromStr for Variable {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once('=') {
+            Some(("", _)) => Err("a variable has a name: say NAME=VALUE".into()),
+            Some((name, value)) => Ok(Self(name.into(), value.into())),
+            None => env::var(text)
+                .map(|value| Self(text.into(), value))
+                .map_err(|_| format!("{text} has no value here that is text: say {text}=VALUE")),
+        }
+    }
+}
+
+/// What a run comes to.
+pub(crate) struct Plan {
+    pub(crate) machine: VmConfig,
+    pub(crate) setup: Setup,
+    pub(crate) exec: Exec,
+    pub(crate) folder: Folder,
+    /// The machine's initramfs, which its configuration names by its descriptor.
+    _initramfs: File,
+}
+
+impl Plan {
+    /// Makes the plan: reads what it is made of and starts nothing.
+    pub(crate) fn of(spec: &RunSpec) -> anyhow::Result<Self> {
+        let folder = Folder::new()?;
+        let mut root = Root::default();
+        root.archive.file("init", 0o755, AGENT)?;
+        root.archive.character_device("dev/console", CONSOLE.0, CONSOLE.1)?;
+        match &spec.rootfs {
+            Some(path) => root.of_folder(path),
+            None => root.of_host(spec)?,
+        }
+        for volume in &spec.volumes {
+            let place =
+                if spec.rootfs.is_some() { format!("{NEW_ROOT}{}", volume.guest) } else { volume.guest.clone() };
+            root.share(&volume.host, &place, volume.readonly);
+        }
+        let workdir = spec.workdir.clone().or(root.workdir);
+        let initramfs = File::from(memfd_create("initramfs", MemfdFlags::CLOEXEC).context("cannot make a memfd")?);
+        (&initramfs).write_all(&root.archive.finish()?).context("cannot write the initramfs")?;
+
+        let name = spec.name.clone().unwrap_or_else(|| "vmm-run".into());
+        let vsock = VsockSpec { path: folder.vsock(), ..VsockSpec::default() };
+        let machine = VmConfig {
+            kernel: Some(spec.kernel.clone().map_or_else(kernel::installed, Ok)?),
+            mem: spec.mem.clone(),
+            cpus: spec.cpus.clone(),
+            initrd: Some(PathBuf::from(format!("/proc/self/fd/{}", initramfs.as_raw_fd()))),
+            cmdline: Some("quiet".to_owned().into()),
+            serial: Some(kv::from_str::<SerialSpec>(&format!("file,path={}", folder.console().display()))?),
+            devices: Devices { share: root.shares, vsock: vec![vsock], ..Devices::default() },
+            name: spec.name.clone(),
+            on_reboot: Some(OnEnd::Exit),
+            on_panic: Some(OnEnd::Exit),
+            ..VmConfig::default()
+        };
+        let clock = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
+        let setup = Setup {
+            hostname: name,
+            mounts: root.mounts,
+            clock: u64::try_from(clock).unwrap_or_default(),
+            ..Setup::default()
+        };
+        let terminal =
+            if spec.tty { Some(terminal::size().context("the input is no terminal: leave out --tty")?) } else { None };
+        let program =
+            Program { argv: spec.command.clone(), env: environment(spec), cwd: workdir, user: spec.user.clone() };
+        let exec = Exec { program, terminal, stdin: spec.interactive };
+        Ok(Self { machine, setup, exec, folder, _initramfs: initramfs })
+    }
+}
+
+fn environment(spec: &RunSpec) -> Vec<(String, String)> {
+    let term = env::var("TERM").ok().filter(|_| spec.tty);
+    let mut all: Vec<_> = term.map(|term| ("TERM".to_owned(), term)).into_iter().collect();
+    all.extend(spec.env.iter().map(|Variable(name, value)| (name.clone(), value.clone())));
+    all
+}
+
+/// The guest's root in the making.
+#[derive(Default)]
+struct Root {
+    archive: Archive,
+    shares: Vec<ShareSpec>,
+    mounts: Vec<Mount>,
+    /// Where the command starts unless it says so itself.
+    workdir: Option<String>,
+}
+
+impl Root {
+    /// A folder under a throw-away layer.
+    fn of_folder(&mut self, path: &Path) {
+        self.mount("upper", "/upper", "tmpfs", "mode=755");
+        self.layered(path, "root", NEW_ROOT);
+    }
+
+    /// The host's own programs, and the folder that we are in.
+    fn of_host(&mut self, spec: &RunSpec) -> anyhow::Result<()> {
+        for name in ["home", "mnt", "root", "srv", "var/lib", "var/log"] {
+            self.archive.directory(name)?;
+        }
+        self.archive.symlink("var/tmp", "/tmp")?;
+        userland::etc(&mut self.archive)?;
+        self.mount("upper", "/upper", "tmpfs", "mode=755");
+        self.mount("tmp", "/tmp", "tmpfs", "mode=1777");
+        for name in userland::folders(&mut self.archive)? {
+            self.layered(&Path::new("/").join(name), name, &format!("/{name}"));
+        }
+        if spec.workdir.is_none() {
+            let here = env::current_dir().context("cannot find the current folder")?;
+            let told = spec.volumes.iter().any(|volume| volume.host == here);
+            if !told {
+                refuse_home(&here)?;
+                let place = here.to_str().with_context(|| format!("{} is not UTF-8: say --workdir", here.display()))?;
+                self.share(&here, place, false);
+            }
+            self.workdir = here.to_str().map(str::to_owned);
+        }
+        Ok(())
+    }
+
+    /// A folder that the guest cannot change, with what it writes on top.
+    fn layered(&mut self, path: &Path, tag: &str, target: &str) {
+        self.shares.push(ShareSpec {
+            path: path.to_owned(),
+            tag: tag.to_owned(),
+            readonly: true,
+            cache: Cache::Always,
+            ..ShareSpec::default()
+        });
+        let lower = format!("/lower/{tag}");
+        self.mount(tag, &lower, "virtiofs", "");
+        let layers = format!("lowerdir={lower},upperdir=/upper/{tag},workdir=/upper/.{tag}");
+        self.mount("overlay", target, "overlay", &layers);
+    }
+
+    /// A folder of the host's at `target`.
+    fn share(&mut self, path: &Path, target: &str, readonly: bool) {
+        let tag = format!("volume{}", self.shares.len());
+        self.shares.push(ShareSpec { path: path.to_owned(), tag: tag.clone(), readonly, ..ShareSpec::default() });
+        self.mount(&tag, target, "virtiofs", "");
+        if let Some(mount) = self.mounts.last_mut().filter(|_| readonly) {
+            mount.flags.push(MountFlag::Ro);
+        }
+    }
+
+    fn mount(&mut self, source: &str, target: &str, fstype: &str, data: &str) {
+        self.mounts.push(Mount {
+            source: source.to_owned(),
+            target: target.to_owned(),
+            fstype: fstype.to_owned(),
+            flags: Vec::new(),
+            data: data.to_owned(),
+        });
+    }
+}
+
+/// Nobody means to give a guest all of a home by the way.
+fn refuse_home(here: &Path) -> anyhow::Result<()> {
+    let homes = env::var_os("HOME").map(PathBuf::from).into_iter().chain(["/".into(), "/root".into(), "/home".into()]);
+    let holds_home = homes.into_iter().any(|home| home.starts_with(here));
+    if holds_home {
+        let here = here.display();
+        bail!(
+            "the guest would have {here}, which is or holds a home: change to the folder that the command needs, or say \
+             --volume {here}:{here}, or --workdir DIR for none"
+        );
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_volume_says_both_folders_and_whether_it_is_read_only() {
+        let volume = |readonly| Volume { host: "/srv".into(), guest: "/data".into(), readonly };
+        assert_eq!("/srv:/data".parse(), Ok(volume(false)));
+        assert_eq!("/srv:/data:ro".parse(), Ok(volume(true)));
+        for wrong in ["", "/srv", "/srv:data", ":/data", "/srv:/data:no", "/srv:/data:ro:x"] {
+            assert!(wrong.parse::<Volume>().is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_variable_without_a_value_has_the_one_that_it_has_here() {
+        assert_eq!("A=b=c".parse(), Ok(Variable("A".into(), "b=c".into())));
+        assert_eq!("PATH".parse(), Ok(Variable("PATH".into(), env::var("PATH").unwrap())));
+        assert!("=b".parse::<Variable>().is_err() && "NO_SUCH_VARIABLE".parse::<Variable>().is_err());
+    }
+
+    #[test]
+    fn homes_and_what_holds_them_are_not_shared_by_the_way() {
+        for home in ["/", "/home", "/root"] {
+            let error = refuse_home(Path::new(home)).unwrap_err().to_string();
+            assert!(error.contains("--volume") && error.contains("--workdir"), "{error}");
+        }
+        refuse_home(Path::new("/srv/project")).unwrap();
+    }
+}

@@ -1,0 +1,210 @@
+//! `vmm run`: commands in machines of their own, with the small kernel.
+
+mod support;
+
+use std::fs;
+use std::path::Path;
+use std::rc::Rc;
+
+use rustix::process::Signal;
+use support::process::{Ended, Vmm};
+use support::pty::Pty;
+use support::{asset, vmm};
+use tempfile::TempDir;
+
+/// What is the command's own business is told by its exit code; everything else by this one.
+const OURS: i32 = 125;
+
+/// A folder to run in, and one for the files of a run.
+struct Project {
+    folder: Rc<TempDir>,
+}
+
+impl Project {
+    fn new() -> Self {
+        let folder = Rc::new(tempfile::tempdir().expect("there is room for files"));
+        for name in ["here", "runtime"] {
+            fs::create_dir(folder.path().join(name)).expect("there is room for files");
+        }
+        Self { folder }
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.folder.path().join(name).into_os_string().into_string().expect("a path of text")
+    }
+
+    /// `vmm run` with the small kernel in the project's folder; `script` is what a shell there does with it as `"$@"`.
+    fn vmm(&self, script: &str, arguments: &[&str]) -> Vmm {
+        let kernel = asset("small-vmlinux").into_os_string().into_string().expect("a path of text");
+        let words = [&["run", "--kernel", &kernel], arguments].concat();
+        let script = format!("cd {} && {script}", self.path("here"));
+        let runtime = format!("XDG_RUNTIME_DIR={}", self.path("runtime"));
+        Vmm::new(words).with(&self.folder).by(&["env", &runtime, "sh", "-c", &script, "sh"])
+    }
+
+    fn run(&self, arguments: &[&str]) -> Ended {
+        self.vmm("exec \"$@\"", arguments).run()
+    }
+
+    /// Nothing of a run is left.
+    fn assert_clean(&self) {
+        let left: Vec<_> = fs::read_dir(self.path("runtime")).expect("it is there").collect();
+        assert!(left.is_empty(), "{left:?}");
+    }
+}
+
+/// Asserts on the code and on one line of ours on standard error.
+fn assert_said(ended: &Ended, code: i32, words: &[&str]) {
+    assert_eq!((ended.code, ended.stdout.as_str()), (Some(code), ""), "{ended:?}");
+    let line = ended.stderr.strip_prefix("vmm run: ").unwrap_or_else(|| panic!("{ended:?}"));
+    assert!(line.trim_end().lines().count() == 1 && words.iter().all(|word| line.contains(word)), "{ended:?}");
+}
+
+#[test]
+fn a_command_has_the_host_s_programs_its_folder_and_nothing_secret() {
+    let project = Project::new();
+    fs::write(project.path("here/input"), "from the host\n").expect("there is room for files");
+    let script = "cat input; echo from the guest > output; echo to stderr >&2; \
+                  ls -d /etc/shadow /etc/ssh /home/* /root/* /var/lib/* 2>/dev/null; \
+                  touch /usr/bin/thrown-away && test -e /usr/bin/thrown-away && id -u && hostname; exit 42";
+    let ended = project.run(&["--name", "builder", "--", "sh", "-c", script]);
+    assert_eq!(ended.stdout, "from the host\n0\nbuilder\n");
+    assert_eq!((ended.stderr.as_str(), ended.code), ("to stderr\n", Some(42)));
+    assert_eq!(fs::read_to_string(project.path("here/output")).expect("it is there"), "from the guest\n");
+    assert!(!Path::new("/usr/bin/thrown-away").exists());
+    project.assert_clean();
+}
+
+#[test]
+fn input_and_output_are_the_command_s_byte_for_byte() {
+    let project = Project::new();
+    let input: Vec<u8> = (0..1_000_003u32).map(|number| (number.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+    fs::write(project.path("here/in"), &input).expect("there is room for files");
+    let ended = project.vmm("exec \"$@\" < in > out", &["--interactive", "--", "cat"]).run();
+    assert_eq!((ended.code, ended.stderr.as_str()), (Some(0), ""));
+    assert!(fs::read(project.path("here/out")).expect("it is there") == input);
+}
+
+#[test]
+fn a_reader_that_goes_ends_the_command_and_the_machine() {
+    let project = Project::new();
+    let script = "{ \"$@\"; echo $? > code; } | head -n 1";
+    let ended = project.vmm(script, &["--", "yes"]).run();
+    assert_eq!(ended.stdout, "y\n");
+    assert_eq!(fs::read_to_string(project.path("here/code")).expect("it is there"), "141\n");
+    project.assert_clean();
+}
+
+#[test]
+fn a_command_that_does_not_come_to_run_has_the_code_that_container_tools_give_it() {
+    let project = Project::new();
+    assert_said(&project.run(&["--", "no-such-program"]), 127, &["no-such-program"]);
+    assert_said(&project.run(&["--", "/etc/passwd"]), 126, &["/etc/passwd"]);
+    assert_said(&project.run(&["--user", "nobody-knows", "--", "true"]), OURS, &["nobody-knows"]);
+    assert_eq!(project.run(&["--", "sh", "-c", "kill -9 $$"]).code, Some(137));
+}
+
+#[test]
+fn an_installed_kernel_is_the_one_that_runs_have() {
+    let project = Project::new();
+    let data = format!("XDG_DATA_HOME={}", project.path("data"));
+    let kernel = asset("small-vmlinux").into_os_string().into_string().expect("a path of text");
+    let vmm = |arguments: &[&str]| Vmm::new(arguments).by(&["env", "--chdir", &project.path("here"), &data]).run();
+    let refused = vmm(&["kernel", "install", "/etc/passwd"]);
+    assert_eq!((refused.code, refused.stderr.contains("/etc/passwd")), (Some(2), true), "{refused:?}");
+    let installed = vmm(&["kernel", "install", &kernel]);
+    assert_eq!((installed.code, installed.stdout.contains("data/vmm/kernel")), (Some(0), true), "{installed:?}");
+    assert_eq!(vmm(&["run", "--", "true"]).code, Some(0));
+}
+
+#[test]
+fn what_cannot_be_run_is_refused_in_one_line() {
+    let project = Project::new();
+    assert_said(&project.run(&["true"]), OURS, &["true"]);
+    assert_said(&project.run(&["--"]), OURS, &["COMMAND"]);
+    assert_said(&project.run(&["--volume", "/srv", "--", "true"]), OURS, &["--volume", "HOST:GUEST"]);
+    assert_said(&project.run(&["--rootfs", "/nonexistent", "--", "true"]), OURS, &["/nonexistent"]);
+    assert_said(&project.run(&["--mem", "12Q", "--", "true"]), OURS, &["--mem"]);
+    assert_said(&project.run(&["--tty", "--", "true"]), OURS, &["--tty"]);
+    assert_said(&project.vmm("cd / && \"$@\"", &["--", "true"]).run(), OURS, &["home", "--volume", "--workdir"]);
+    let no_kernel = Vmm::new(["run", "--", "true"])
+        .by(&["env", "--chdir", &project.path("here"), "XDG_DATA_HOME=/nonexistent"])
+        .run();
+    assert_said(&no_kernel, OURS, &["/nonexistent/vmm/kernel", "--kernel"]);
+    project.assert_clean();
+}
+
+#[test]
+fn a_guest_whose_kernel_panics_is_a_failure_of_ours_with_its_last_words() {
+    let project = Project::new();
+    let ended = project.run(&["--mem", "40M", "--", "true"]);
+    assert_eq!((ended.code, ended.stdout.as_str()), (Some(OURS), ""), "{ended:?}");
+    assert!(ended.stderr.contains("vmm run: "), "{ended:?}");
+}
+
+#[test]
+fn a_signal_is_the_command_s() {
+    let project = Project::new();
+    let script = "trap 'echo heard; exit 7' TERM; echo ready; while :; do sleep 0.1; done";
+    let running = project.vmm("exec \"$@\"", &["--", "sh", "-c", script]).spawn();
+    running.stdout().wait_for("ready", 0);
+    running.signal(Signal::TERM);
+    let ended = running.wait();
+    assert_eq!((ended.code, ended.stdout.as_str()), (Some(7), "ready\nheard\n"));
+    project.assert_clean();
+}
+
+#[test]
+fn a_command_at_a_terminal_has_one_of_the_same_size_and_ours_is_left_as_it_was() {
+    let project = Project::new();
+    let mut pty = Pty::open();
+    pty.set_unusual_mode();
+    pty.resize(33, 99);
+    let before = pty.modes();
+    let arguments = ["--interactive", "--tty", "--", "sh", "-c", "stty size; read line; echo got $line; exit 3"];
+    let running = project.vmm("exec \"$@\"", &arguments).spawn_at(&pty);
+    let seen = pty.screen.wait_for("33 99", 0);
+    assert!(pty.is_raw());
+    pty.send("words\r");
+    pty.screen.wait_for("got words", seen);
+    assert_eq!(running.wait().code, Some(3));
+    assert_eq!(pty.modes(), before);
+}
+
+#[test]
+fn a_folder_can_be_the_root_and_what_is_written_there_is_thrown_away() {
+    let project = Project::new();
+    let (root, data) = (project.path("root"), project.path("data"));
+    for folder in ["bin", "proc", "sys", "dev", "run"] {
+        fs::create_dir_all(Path::new(&root).join(folder)).expect("there is room for files");
+    }
+    fs::create_dir(&data).expect("there is room for files");
+    fs::copy(vmm(), Path::new(&root).join("bin/vmm")).expect("there is room for files");
+    // It is the only program there, and static: what it writes is a file below the root.
+    let log =
+        |path: &str| ["--rootfs", &root, "--", "/bin/vmm", "--kernel", "/none", "--log-file", path].map(str::to_owned);
+    let log = log("/log");
+    let ended = project.run(&log.each_ref().map(String::as_str));
+    assert_eq!(
+        (ended.code, ended.stderr.contains("/dev/kvm") || ended.stderr.contains("/none")),
+        (Some(2), true),
+        "{ended:?}"
+    );
+    assert!(!Path::new(&root).join("log").exists());
+
+    let volume = format!("{data}:/data:ro");
+    let ended = project.run(&[
+        "--rootfs",
+        &root,
+        "--volume",
+        &volume,
+        "--",
+        "/bin/vmm",
+        "--kernel",
+        "/none",
+        "--log-file",
+        "/data/log",
+    ]);
+    assert_eq!(ended.code, Some(2), "{ended:?}");
+    assert!(ended.stderr.contains("/data/log") && ended.stderr.contains("Read-only"), "{ended:?}");
+}
