@@ -26,6 +26,8 @@ const TIME_LIMIT: u64 = 12 * 60;
 const ANY_KVM: [&str; 4] = ["bad_devices", "bad_input", "control", "tiny"];
 /// Those whose guests have several processors: on one processor a guest's wait for each other, and for nothing else.
 const SEVERAL_PROCESSORS: [&str; 1] = ["smp"];
+/// Those that take minutes.
+const LONGEST: [&str; 3] = ["devices", "run", "console"];
 /// How many tests that boot guests run at a time in one executable: each guest keeps a processor busy.
 const BOOTING_TESTS: &str = "--test-threads=1";
 
@@ -62,15 +64,11 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
     booting.sort_by(|a, b| a.name.cmp(&b.name));
     let unit = |executable| Job { executable, place: here.clone(), of_vmm: None, second_chance: false };
     tally.run(&units.into_iter().map(unit).collect::<Vec<_>>(), args)?;
-    if !own.is_empty() {
-        let of_vmm = Some((vmm.as_path(), assets::directory()?));
-        // They start emulated hosts themselves.
-        let job = |executable| Job { executable, place: Place::Here, of_vmm: of_vmm.clone(), second_chance: true };
-        tally.run(&own.into_iter().map(job).collect::<Vec<_>>(), args)?;
-    }
-    if !booting.is_empty() {
+    if !own.is_empty() || !booting.is_empty() {
         let of_vmm = Some((vmm.as_path(), assets::directory()?));
         let place = Place::for_kernels(&vmm, host);
+        // They start emulated hosts themselves.
+        let own_job = |executable| Job { executable, place: Place::Here, of_vmm: of_vmm.clone(), second_chance: true };
         let job = |executable: Executable| {
             let place = match executable.name.as_str() {
                 name if ANY_KVM.contains(&name) => here.clone(),
@@ -79,7 +77,10 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
             };
             Job { second_chance: place.is_emulated(), place, executable, of_vmm: of_vmm.clone() }
         };
-        tally.run(&booting.into_iter().map(job).collect::<Vec<_>>(), args)?;
+        // What takes longest goes first.
+        booting.sort_by_key(|executable| !LONGEST.contains(&executable.name.as_str()));
+        let jobs: Vec<_> = booting.into_iter().map(job).chain(own.into_iter().map(own_job)).collect();
+        tally.run(&jobs, args)?;
     }
     Ok(tally.close())
 }

@@ -38,6 +38,9 @@ const TICK: u64 = 4_000_000;
 /// How many more runs a short one gets, spread over a tick.
 const PHASES: u64 = 8;
 
+/// How many runs an emulated host is started for.
+const TOGETHER: usize = 3;
+
 /// How often a run may come to nothing.
 const CHANCES: usize = 3;
 
@@ -63,18 +66,25 @@ pub(super) struct Plan {
 }
 
 impl Plan {
-    /// Has this program carry it out, each run in an emulated host of its own, as many side by side as there are
-    /// processors; on the instruction clock none sees the others. Returns what was measured, by the names of the runs.
+    /// Has this program carry it out, a few runs in each emulated host, as many hosts side by side as there are processors;
+    /// on the instruction clock none sees the others. Returns what was measured, by the names of the runs.
     ///
     /// When it counts instructions QEMU stands still in one host of a dozen, so a run has several chances, and says so.
     pub(super) fn carry_out(self, host: &Host) -> Result<BTreeMap<String, Measured>> {
         let Self { files, prepare, services, runs, tolerant } = self;
-        let queue = Mutex::new(runs.into_iter());
+        let mut groups: Vec<Vec<Run>> = Vec::new();
+        for run in runs {
+            match groups.last_mut().filter(|group| group.len() < TOGETHER) {
+                Some(group) => group.push(run),
+                None => groups.push(vec![run]),
+            }
+        }
+        let queue = Mutex::new(groups.into_iter());
         let lane = || {
             let mut measured = BTreeMap::new();
-            while let Some(run) = { queue.lock().expect("no lane panics").next() } {
+            while let Some(runs) = { queue.lock().expect("no lane panics").next() } {
                 let (files, prepare, services) = (files.clone(), prepare.clone(), services.clone());
-                let plan = Self { files, prepare, services, runs: vec![run], tolerant };
+                let plan = Self { files, prepare, services, runs, tolerant };
                 measured.extend(plan.try_several_times(host)?);
             }
             Ok(measured)
