@@ -38,8 +38,9 @@ impl Record {
         fs::write(file, text).with_context(|| format!("Cannot write {}", file.display()))
     }
 
-    /// The figures that got worse than `self` says, one line each; nothing if the versions are others.
-    pub(super) fn worse(&self, now: &Self) -> Option<Vec<String>> {
+    /// The figures that got worse than `self` says, one line each; nothing if the versions are others. A figure may be
+    /// worse by its `slack`, too: what it can differ by without a reason.
+    pub(super) fn worse(&self, now: &Self, slack: impl Fn(&str) -> u64) -> Option<Vec<String>> {
         if self.versions != now.versions {
             return None;
         }
@@ -49,7 +50,8 @@ impl Record {
                 worse.push(format!("{name}: on record and no longer measured"));
                 continue;
             };
-            if u128::from(*after) * 100 > u128::from(*before) * (100 + MARGIN) {
+            let allowed = u128::from(*before) * (100 + MARGIN) / 100;
+            if u128::from(*after) > allowed.max(u128::from(*before) + u128::from(slack(name))) {
                 let change = ratio(*after, *before) - 1.0;
                 worse.push(format!("{name}: {before} on record, {after} now, {:.1}% worse", change * 100.0));
             }
@@ -79,19 +81,25 @@ mod tests {
     fn three_percent_worse_passes_and_four_do_not() {
         let before = record("1", &[("a", 1000), ("b", 1000), ("c", 1000)]);
         let now = record("1", &[("a", 1030), ("b", 1040), ("c", 10), ("new", 5)]);
-        let worse = before.worse(&now).unwrap();
+        let worse = before.worse(&now, |_| 0).unwrap();
         assert!(matches!(&worse[..], [one] if one.starts_with("b: 1000 on record, 1040 now, 4.0%")), "{worse:?}");
     }
 
     #[test]
+    fn slack_is_allowed_where_it_is_more_than_three_percent() {
+        let worse = |now: u64| record("1", &[("a", 1000)]).worse(&record("1", &[("a", now)]), |_| 50).unwrap().len();
+        assert_eq!((worse(1050), worse(1051)), (0, 1));
+    }
+
+    #[test]
     fn a_figure_that_is_gone_is_no_improvement() {
-        let worse = record("1", &[("a", 1)]).worse(&record("1", &[])).unwrap();
+        let worse = record("1", &[("a", 1)]).worse(&record("1", &[]), |_| 0).unwrap();
         assert_eq!(worse.len(), 1);
     }
 
     #[test]
     fn figures_of_other_versions_are_not_compared() {
-        assert_eq!(record("1", &[("a", 1)]).worse(&record("2", &[("a", 100)])), None);
+        assert_eq!(record("1", &[("a", 1)]).worse(&record("2", &[("a", 100)]), |_| 0), None);
     }
 
     #[test]

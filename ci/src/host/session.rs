@@ -272,8 +272,12 @@ fn start_qemu(host: &Host, kernel: &Kernel, inherited: Inherited, log: io::PipeW
     let emulator = Emulator::find()?;
     let mut command = emulator.command();
     let mem = host.mem;
-    // Idle, the clock follows the real one (`sleep=on`): it does not jump while the host waits for the machine's files.
-    let accelerator = if host.icount || (host.cpus == 1 && !emulator.is_sound()) {
+    let accelerator = if host.icount {
+        // Idle, the clock jumps to the next timer: what waits for the machine's files is charged arbitrary time.
+        command.args(["-icount", "shift=0,sleep=off"]);
+        "tcg,thread=single,tb-size=1024"
+    } else if host.cpus == 1 && !emulator.is_sound() {
+        // Idle, the clock follows the real one: it does not jump while the host waits for the machine's files.
         command.args(["-icount", "shift=0,sleep=on"]);
         "tcg,thread=single,tb-size=1024"
     } else {
