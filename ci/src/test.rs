@@ -110,9 +110,9 @@ struct Job<'a> {
 impl Job<'_> {
     /// Runs it, and those of its tests that fail once more where they have a second chance.
     ///
-    /// An emulated host has faults of its own. With QEMU 7.2 it has stood still, and a guest's kernel has had an exception
-    /// between two instructions that can have none; with several processors it loses interrupts and corrupts memory. Later
-    /// ones were not seen to do so on several threads. What fails twice has failed.
+    /// An emulated host has faults of its own. With QEMU 7.2 it has stood still, and a guest's kernel has had an
+    /// exception between two instructions that can have none; with several processors it loses interrupts and corrupts
+    /// memory. Later ones were not seen to do so on several threads. What fails twice has failed.
     fn judge(&self, args: &Args, step: &Step) -> Result<(Results, u8)> {
         let filter: Vec<&str> = args.filter.iter().map(String::as_str).collect();
         let (first, code) = self.run(args.all, &filter, step)?;

@@ -2,8 +2,8 @@
 //!
 //! The one of Debian 12, 7.2, has faults where it emulates SVM: VMRUN and #VMEXIT clear a bit in its word of pending
 //! interrupts without a lock, so an interrupt that another thread sets at that moment is lost, and with a timer's the
-//! host stands still; memory of the host is corrupted now and then. Debian's backports have one in which neither was seen.
-//! It is downloaded into the cache, with lists of packages of our own, and not installed.
+//! host stands still; memory of the host is corrupted now and then. Debian's backports have one in which neither was
+//! seen. It is downloaded into the cache, with lists of packages of our own, and not installed.
 //!
 //! Where it cannot be had the old one emulates a single processor and counts instructions, so that timers run on the
 //! processor's own thread. That is several times slower.
