@@ -257,7 +257,7 @@ fn flags_and_keys_that_do_not_exist_are_refused() {
     assert_arguments_refused(&["--cpus", "1,entry=pvh"], &["entry", "--cpus"]);
     assert_arguments_refused(&["--serial", "tty"], &["tty", "--serial"]);
     assert_arguments_refused(&["--on-reboot", "wait"], &["wait", "restart", "exit"]);
-    assert_arguments_refused(&["run"], &["run"]);
+    assert_arguments_refused(&["rnu"], &["rnu"]);
 }
 
 #[test]

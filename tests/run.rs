@@ -121,7 +121,7 @@ fn an_installed_kernel_is_the_one_that_runs_have() {
 fn what_cannot_be_run_is_refused_in_one_line() {
     let project = Project::new();
     assert_said(&project.run(&["true"]), OURS, &["true"]);
-    assert_said(&project.run(&["--"]), OURS, &["COMMAND"]);
+    assert_said(&project.run(&["--"]), OURS, &["not provided: <COMMAND>"]);
     assert_said(&project.run(&["--volume", "/srv", "--", "true"]), OURS, &["--volume", "HOST:GUEST"]);
     assert_said(&project.run(&["--rootfs", "/nonexistent", "--", "true"]), OURS, &["/nonexistent"]);
     assert_said(&project.run(&["--mem", "12Q", "--", "true"]), OURS, &["--mem"]);

@@ -175,7 +175,10 @@ fn one_line(error: &clap::Error) -> Usage {
     let first = lines.next().unwrap_or_default();
     let first = first.strip_prefix("error: ").unwrap_or(first);
     let more = lines.take_while(|line| !line.starts_with("Usage:") && !line.starts_with("For more information"));
-    let whole = more.fold(first.to_owned(), |whole, line| whole + "; " + line);
+    let whole = more.fold(first.to_owned(), |whole, line| {
+        let between = if whole.ends_with(':') { " " } else { "; " };
+        whole + between + line
+    });
     Usage(format!("{whole}; see vmm --help"))
 }
 
