@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use guest::request::{Check, Probe, Program};
 use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::ioctl_fionread;
 use rustix::process::WaitStatus;
 
 use super::program::prepare;
@@ -87,11 +88,11 @@ fn exec(reaper: &Reaper, program: &Program, end: Instant) -> Result<(), String> 
     let (output, out, err) = pipe().map_err(|error| format!("Cannot make a pipe: {error}"))?;
     prepared.command.stdin(std::process::Stdio::null()).stdout(out).stderr(err);
     let child = prepared.start(reaper).map_err(|not_started| not_started.message)?;
-    let mut said = Vec::new();
-    let mut output = Some(output);
+    let mut said = Said { output: Some(output), bytes: Vec::new() };
     loop {
         if let Some(status) = child.status() {
-            return verdict(status, &said);
+            said.take_rest();
+            return verdict(status, &said.bytes);
         }
         let left = end.saturating_duration_since(Instant::now());
         if left.is_zero() {
@@ -99,18 +100,40 @@ fn exec(reaper: &Reaper, program: &Program, end: Instant) -> Result<(), String> 
             return Err("The probe has not ended in time".into());
         }
         let mut list = vec![PollFd::from_borrowed_fd(child.as_fd(), PollFlags::IN)];
-        list.extend(output.as_ref().map(|fd| PollFd::new(fd, PollFlags::IN)));
+        list.extend(said.output.as_ref().map(|fd| PollFd::new(fd, PollFlags::IN)));
         // An error is a signal: there is another turn.
         let _ = poll(&mut list, Some(&stream::timespec(left)));
-        let is_readable = list.get(1).is_some_and(|found| !found.revents().is_empty());
-        if let Some(fd) = output.as_ref().filter(|_| is_readable) {
-            let mut buffer = [0; MOST];
-            match rustix::io::read(fd, &mut buffer) {
-                Ok(count) if count > 0 => said.extend_from_slice(&buffer[..count]),
-                _ => output = None,
-            }
-            // The last of it says most.
-            said.drain(..said.len().saturating_sub(MOST));
+        if list.get(1).is_some_and(|found| !found.revents().is_empty()) {
+            said.take();
+        }
+    }
+}
+
+/// What a program says.
+struct Said {
+    /// While there may be more.
+    output: Option<OwnedFd>,
+    /// The last of it, which says most.
+    bytes: Vec<u8>,
+}
+
+impl Said {
+    /// Takes some of what is there, or waits for it.
+    fn take(&mut self) {
+        let Some(fd) = &self.output else { return };
+        let mut buffer = [0; MOST];
+        match rustix::io::read(fd, &mut buffer) {
+            Ok(count) if count > 0 => self.bytes.extend_from_slice(&buffer[..count]),
+            _ => self.output = None,
+        }
+        self.bytes.drain(..self.bytes.len().saturating_sub(MOST));
+    }
+
+    /// Takes what the program had said when it ended; others may have its output still.
+    fn take_rest(&mut self) {
+        let there = self.output.as_ref().and_then(|fd| ioctl_fionread(fd).ok()).unwrap_or(0);
+        for _ in 0..there.div_ceil(MOST as u64) {
+            self.take();
         }
     }
 }
