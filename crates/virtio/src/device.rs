@@ -6,8 +6,6 @@
 //!     ▲                         │                              │
 //!     └────────── stop ─────────┴──────────── reset ───────────┘
 //! ```
-//!
-//! Left out until there are snapshots: saving and loading what neither the queues nor the specification's registers hold.
 
 use std::any::Any;
 use std::borrow::Cow;
@@ -17,6 +15,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use memory::Ram;
+use serde_json::Value;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::io_thread::Watch;
@@ -77,8 +76,33 @@ pub trait VirtioDevice: Send + 'static {
     /// A [`GuestFault`] or a fault of the host. Either way the device stands still and shows NEEDS_RESET.
     fn start(&mut self, active: Active) -> anyhow::Result<Self::Handler>;
 
-    /// The reverse of [`start`](Self::start): requests in flight are finished first, and the back end comes back.
+    /// The reverse of [`start`](Self::start): requests in flight are finished first, and the back end comes back. It can be
+    /// started again where it was, unless a [`reset`](Self::reset) follows.
     fn stop(&mut self, handler: Self::Handler) -> Vec<VirtQueue>;
+
+    /// The driver has reset the device, which is stopped: what the driver had said is forgotten.
+    fn reset(&mut self) {}
+
+    /// What the driver has said that is neither in the registers nor in the queues, for [`load`](Self::load). The handler is
+    /// there if the device runs.
+    ///
+    /// # Errors
+    ///
+    /// The device has what cannot be saved; it goes on as if nobody had asked.
+    fn save(&self, handler: Option<&Self::Handler>) -> anyhow::Result<Value> {
+        let _ = handler;
+        Ok(Value::Null)
+    }
+
+    /// Takes over what a device of the same spec has saved. Comes before the first [`start`](Self::start), if at all.
+    ///
+    /// # Errors
+    ///
+    /// It is nothing that such a device saves; then nothing has changed. It comes from a file, so it may be anything.
+    fn load(&mut self, state: Value) -> anyhow::Result<()> {
+        anyhow::ensure!(state.is_null(), "its state is {state}, and such a device has none");
+        Ok(())
+    }
 }
 
 /// The half of a device that owns its queues. One I/O thread has it at a time, so it takes no lock.

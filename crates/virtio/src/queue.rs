@@ -45,7 +45,7 @@ pub struct VirtQueue {
     spare: Vec<Storage>,
 }
 
-/// What the driver wrote to the registers of a queue.
+/// What the driver wrote to the registers of a queue, and how far both have come.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Registers {
     pub(crate) size: u16,
@@ -53,6 +53,8 @@ pub(crate) struct Registers {
     pub(crate) descriptors: u64,
     pub(crate) driver: u64,
     pub(crate) device: u64,
+    /// The index of the next entry, in either ring.
+    pub(crate) position: u16,
 }
 
 impl VirtQueue {
@@ -68,8 +70,8 @@ impl VirtQueue {
         let event_idx = accepted & features::EVENT_IDX != 0;
         let state = QueueState {
             max_size,
-            next_avail: 0,
-            next_used: 0,
+            next_avail: registers.position,
+            next_used: registers.position,
             event_idx_enabled: event_idx,
             size: registers.size,
             ready: true,
@@ -100,7 +102,7 @@ impl VirtQueue {
             memory,
             kick,
             interrupt,
-            available: Wrapping(0),
+            available: Wrapping(registers.position),
             in_flight: 0,
             budget: registers.size,
             armed: true,
@@ -207,7 +209,12 @@ impl VirtQueue {
         self.interrupt.line(self.index)
     }
 
-    /// The sizes, addresses and positions, for a queue that somebody else serves, and for a snapshot.
+    /// How many chains have been taken, and how many were given back, both modulo 2^16.
+    pub(crate) fn positions(&self) -> (u16, u16) {
+        (self.ring.next_avail(), self.ring.next_used())
+    }
+
+    /// The sizes, addresses and positions, for a queue that somebody else serves.
     pub fn state(&self) -> QueueState {
         self.ring.state()
     }

@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use bus::{BusDevice, Irq};
 use kv::Size;
 use memory::{MemorySpec, Ram};
+use serde_json::Value;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -52,6 +53,20 @@ pub trait Registers {
     fn line(&self, queue: Option<u16>) -> &EventFd;
     /// What an interrupt handler does first.
     fn acknowledge(&mut self);
+    /// Stops the device and saves it, registers and all.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be saved.
+    fn save(&mut self) -> anyhow::Result<Value>;
+    /// Loads what was saved of another device of its kind.
+    ///
+    /// # Errors
+    ///
+    /// It is no such thing.
+    fn load(&mut self, state: Value) -> anyhow::Result<()>;
+    /// Has a device that was saved or loaded go on.
+    fn resume(&mut self);
 }
 
 /// RAM that others can map, and an I/O thread for a device.
@@ -134,6 +149,18 @@ impl<D: VirtioDevice> Registers for MmioRegisters<D> {
         let why = self.read_word(mmio::INTERRUPT_STATUS);
         self.write_word(mmio::INTERRUPT_ACK, why);
     }
+
+    fn save(&mut self) -> anyhow::Result<Value> {
+        Ok(serde_json::to_value(self.device.save()?)?)
+    }
+
+    fn load(&mut self, state: Value) -> anyhow::Result<()> {
+        self.device.load(serde_json::from_value(state)?)
+    }
+
+    fn resume(&mut self) {
+        self.device.core().resume();
+    }
 }
 
 /// A driver of one device.
@@ -147,8 +174,18 @@ pub struct Driver<R> {
     accepted: u64,
 }
 
+/// A driver in the midst of its work, and the device as it was saved.
+pub struct Saved {
+    /// The device with its registers.
+    pub state: Value,
+    rings: Vec<Ring>,
+    /// What lies in each ring, from its descriptors to its buffers.
+    contents: Vec<Vec<u8>>,
+    accepted: u64,
+}
+
 /// The driver's side of a queue.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Ring {
     /// How many entries the rings have.
     pub size: u16,
@@ -211,6 +248,45 @@ impl<R: Registers> Driver<R> {
         self.rings.clear();
     }
 
+    /// Saves device and driver. The device stands still until it is [resumed](Registers::resume).
+    ///
+    /// # Errors
+    ///
+    /// The device cannot be saved.
+    ///
+    /// # Panics
+    ///
+    /// Never: the rings lie in RAM.
+    pub fn save(&mut self) -> anyhow::Result<Saved> {
+        let state = self.registers.save()?;
+        let content = |ring: &Ring| {
+            let mut content = vec![0; ring.area()];
+            self.memory.read_slice(&mut content, GuestAddress(ring.descriptors)).expect("rings lie in RAM");
+            content
+        };
+        let contents = self.rings.iter().map(content).collect();
+        Ok(Saved { state, rings: self.rings.clone(), contents, accepted: self.accepted })
+    }
+
+    /// Goes on where a driver of another device was saved.
+    ///
+    /// # Errors
+    ///
+    /// The device does not take the state.
+    ///
+    /// # Panics
+    ///
+    /// Never: the rings lie in RAM.
+    pub fn load(&mut self, saved: &Saved) -> anyhow::Result<()> {
+        for (ring, content) in saved.rings.iter().zip(&saved.contents) {
+            self.memory.write_slice(content, GuestAddress(ring.descriptors)).expect("rings lie in RAM");
+        }
+        (self.rings, self.accepted) = (saved.rings.clone(), saved.accepted);
+        self.registers.load(saved.state.clone())?;
+        self.registers.resume();
+        Ok(())
+    }
+
     /// The features that the device offers.
     pub fn offered(&mut self) -> u64 {
         let mut half = |select| {
@@ -250,8 +326,7 @@ impl<R: Registers> Driver<R> {
             let ring = Ring::new(size.min(max), place);
             place = ring.buffers + u64::from(ring.size) * BUFFER as u64;
             assert!(place <= RAM, "the test's RAM is too small for all rings");
-            let clean = usize::try_from(ring.buffers - ring.descriptors).expect("rings are small");
-            let zeros = vec![0; clean];
+            let zeros = vec![0; ring.area()];
             self.memory.write_slice(&zeros, GuestAddress(ring.descriptors)).expect("rings lie in RAM");
             self.enable(&ring);
             self.rings.push(ring);
@@ -396,6 +471,11 @@ impl Ring {
         let buffers = (used + 6 + 8 * entries).next_multiple_of(1 << 16);
         let free = (0..size).rev().collect();
         Self { size, descriptors, available, used, buffers, next_available: 0, next_used: 0, free }
+    }
+
+    /// How many bytes the three areas take.
+    fn area(&self) -> usize {
+        usize::try_from(self.buffers - self.descriptors).expect("rings are small")
     }
 
     /// The buffer of a descriptor.

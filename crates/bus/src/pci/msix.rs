@@ -163,6 +163,20 @@ impl Msix {
         }
     }
 
+    /// Brings a function's vectors, of which none is in use yet, to where [`read`](Self::read) found those of another:
+    /// `region` is its table and pending bits, `config` has its message control.
+    pub fn load(&mut self, config: &Config, region: &[u8]) {
+        let (table, pending) = region.split_at(region.len().min(PAGE));
+        self.follow(config);
+        for (vector, at) in self.vectors.iter().zip(0..) {
+            if pending.get(at / 8).is_some_and(|bits| bits & 1 << (at % 8) != 0) {
+                // It is empty, so it does not block; once the vector is connected, the processor gets it.
+                let _ = vector.line.write(1);
+            }
+        }
+        self.write(0, table);
+    }
+
     /// Eight pending bits.
     fn pending_byte(&self, at: usize) -> u8 {
         let vectors = self.vectors.iter().skip(at.saturating_mul(8)).take(8);

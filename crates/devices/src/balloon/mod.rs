@@ -19,6 +19,7 @@ use std::time::Duration;
 use anyhow::{Context as _, bail};
 use kv::Size;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use virtio::{Active, ConfigChange, Kind, VirtQueue, VirtioDevice};
 use vmm_sys_util::timerfd::TimerFd;
 
@@ -93,6 +94,14 @@ pub struct Balloon {
     actual: u32,
     /// While there is a handler.
     config_change: Option<ConfigChange>,
+}
+
+/// What of a balloon is saved, in pages.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct State {
+    target: u32,
+    actual: u32,
 }
 
 impl Balloon {
@@ -215,8 +224,23 @@ impl VirtioDevice for Balloon {
     }
 
     fn stop(&mut self, handler: BalloonHandler) -> Vec<VirtQueue> {
-        // A driver that has let go of the device has taken all pages back.
-        (self.config_change, self.actual) = (None, 0);
+        self.config_change = None;
         handler.stop()
+    }
+
+    /// A driver that has let go of the device has taken all pages back.
+    fn reset(&mut self) {
+        self.actual = 0;
+    }
+
+    fn save(&self, _handler: Option<&BalloonHandler>) -> anyhow::Result<Value> {
+        Ok(serde_json::to_value(State { target: self.target, actual: self.actual })?)
+    }
+
+    fn load(&mut self, state: Value) -> anyhow::Result<()> {
+        let State { target, actual } = serde_json::from_value(state)?;
+        self.spec.size = Size(u64::from(target) * PAGE);
+        (self.target, self.actual) = (target, actual);
+        Ok(())
     }
 }

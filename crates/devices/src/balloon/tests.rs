@@ -193,3 +193,20 @@ fn another_interval_for_reports_holds_at_once() {
     let refused = control(&mut boot(""), |balloon, handler| balloon.set_interval(1, handler)).unwrap_err();
     assert!(refused.to_string().contains("stats-interval"), "{refused}");
 }
+
+#[test]
+fn what_it_holds_and_shall_hold_is_saved() {
+    let mut guest = boot("256M,stats-interval=1000");
+    guest.registers.write_config(4, &4u32.to_le_bytes());
+    control(&mut guest, |balloon, _| balloon.set_target(Size(8 * PAGE))).unwrap();
+    let statistics = guest.send(STATISTICS, &[&[0; 10]], &[]);
+    let saved = guest.save().unwrap();
+    let mut other = make("16M,stats-interval=1");
+    other.load(&saved).unwrap();
+    assert_eq!(config(&mut other), [8, 4]);
+    // The buffer for statistics was the device's, and is so again.
+    assert_eq!(other.collect(STATISTICS).head, statistics);
+    other.reset();
+    assert_eq!(config(&mut other), [8, 0]);
+    assert!(make("16M").load(&saved).is_err(), "a balloon without statistics has a driver that wants them");
+}

@@ -101,13 +101,21 @@ struct Tx {
 }
 
 impl FrameHandler {
-    /// Starts with ports that are [prepared](Port::prepare).
-    pub(super) fn new(setup: Setup, ports: Vec<Port>, queues: Queues, active: Active) -> Self {
+    /// Starts with ports that are [prepared](Port::prepare), of which the first `used` are in use.
+    pub(super) fn new(setup: Setup, (ports, used): (Vec<Port>, usize), queues: Queues, active: Active) -> Self {
         let mut ports = ports.into_iter();
         let pair = |(port, (rx, tx))| Pair::new(port, Rx::new(rx, active.features, setup.frame), tx);
-        let pairs = ports.by_ref().zip(queues.pairs).map(pair).collect();
+        let pairs: Vec<Pair> = ports.by_ref().zip(queues.pairs).map(pair).collect();
         let (config_change, idle) = (active.config_change, ports.collect());
-        Self { setup, config_change, pairs, idle, active: 1, control: queues.control }
+        let active = used.min(pairs.len());
+        let handler = Self { setup, config_change, pairs, idle, active, control: queues.control };
+        handler.use_taps();
+        handler
+    }
+
+    /// How many pairs the driver uses.
+    pub(super) fn used(&self) -> usize {
+        self.active
     }
 
     /// Gives back the queues and the ports.
@@ -202,15 +210,19 @@ impl FrameHandler {
         for pair in &mut self.pairs[count..] {
             pair.unwatch(watch);
         }
-        let taps = self.pairs.iter().filter_map(|pair| match &pair.port {
-            Port::Tap(tap) => Some(tap),
-            Port::Passt(_) => None,
-        });
-        super::tap::use_queues(&self.setup.name, taps, count);
+        self.use_taps();
         for index in 0..count {
             self.receive(index, watch)?;
         }
         Ok(())
+    }
+
+    fn use_taps(&self) {
+        let taps = self.pairs.iter().filter_map(|pair| match &pair.port {
+            Port::Tap(tap) => Some(tap),
+            Port::Passt(_) => None,
+        });
+        super::tap::use_queues(&self.setup.name, taps, self.active);
     }
 }
 

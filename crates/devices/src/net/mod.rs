@@ -42,6 +42,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Context as _;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use virtio::{Active, GuestFault, Handler, Kind, RateLimiter, VirtQueue, VirtioDevice, Watch};
 
 use control::Queues;
@@ -98,6 +100,16 @@ pub struct Net {
     traffic: Arc<Traffic>,
     /// While there is no handler that has it.
     end: Option<End>,
+    /// How many pairs of queues the driver uses, as of the last stop.
+    used: usize,
+}
+
+/// What of a card is saved.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct State {
+    mac: Mac,
+    pairs: u16,
 }
 
 /// The host's end.
@@ -173,7 +185,7 @@ impl Net {
         }
         let (spec, link, traffic) = (spec.clone(), Arc::new(AtomicBool::new(link)), Arc::default());
         let mtu = mtu.unwrap_or(USUAL_MTU);
-        Ok(Self { spec, name, mac, mtu, queue_sizes, features, ring_features, link, traffic, end: Some(end) })
+        Ok(Self { spec, name, mac, mtu, queue_sizes, features, ring_features, link, traffic, end: Some(end), used: 1 })
     }
 
     /// The name by which the card is addressed.
@@ -264,12 +276,13 @@ impl VirtioDevice for Net {
                 for (index, port) in ports.iter_mut().enumerate() {
                     port.prepare(index, features)?;
                 }
-                let handler = FrameHandler::new(setup, std::mem::take(ports), queues, active);
+                let handler = FrameHandler::new(setup, (std::mem::take(ports), self.used), queues, active);
                 self.end = None;
                 Ok(NetHandler::Frames(handler))
             }
             End::Vhost(pairs) => {
-                let handler = VhostHandler::new(self.name.clone(), pairs, queues, &active.memory, features)?;
+                let handler =
+                    VhostHandler::new(self.name.clone(), (pairs, self.used), queues, &active.memory, features)?;
                 self.end = None;
                 Ok(NetHandler::Vhost(handler))
             }
@@ -283,6 +296,7 @@ impl VirtioDevice for Net {
     }
 
     fn stop(&mut self, handler: NetHandler) -> Vec<VirtQueue> {
+        self.used = handler.used();
         match handler {
             NetHandler::Frames(handler) => {
                 let (queues, ports) = handler.stop();
@@ -301,6 +315,24 @@ impl VirtioDevice for Net {
             }
         }
     }
+
+    fn reset(&mut self) {
+        self.used = 1;
+    }
+
+    /// The address too: it may have been made by chance, and the driver has read it.
+    fn save(&self, handler: Option<&NetHandler>) -> anyhow::Result<Value> {
+        let pairs = u16::try_from(handler.map_or(self.used, NetHandler::used))?;
+        Ok(serde_json::to_value(State { mac: self.mac, pairs })?)
+    }
+
+    fn load(&mut self, state: Value) -> anyhow::Result<()> {
+        let State { mac, pairs } = serde_json::from_value(state)?;
+        let most = self.spec.queues();
+        anyhow::ensure!((1..=most).contains(&pairs), "its driver uses {pairs} pairs of queues, and there are {most}");
+        (self.mac, self.used) = (mac, pairs.into());
+        Ok(())
+    }
 }
 
 /// Who moves the frames.
@@ -312,6 +344,17 @@ pub enum NetHandler {
     Vhost(VhostHandler),
     /// Another process.
     Peer(PeerHandler),
+}
+
+impl NetHandler {
+    /// How many pairs of queues the driver uses.
+    fn used(&self) -> usize {
+        match self {
+            Self::Frames(handler) => handler.used(),
+            Self::Vhost(handler) => handler.used(),
+            Self::Peer(_) => 1,
+        }
+    }
 }
 
 impl Handler for NetHandler {

@@ -10,7 +10,7 @@ use std::os::fd::AsRawFd as _;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use virtio::testing::{self, DEADLINE, Driver, MmioRegisters, Used};
+use virtio::testing::{self, DEADLINE, Driver, MmioRegisters, Registers as _, Used};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 const RX: u16 = 0;
@@ -427,6 +427,40 @@ fn the_driver_says_how_many_pairs_it_uses() {
         guest.boot(!feature::MQ);
         guest.send(2, &[&[4, 0, 1, 0]], &[1]);
         assert_eq!(guest.collect(2).data, [0]);
+    });
+}
+
+#[test]
+fn a_saved_card_has_its_address_and_its_pairs_in_another_machine() {
+    in_namespace("a_saved_card_has_its_address_and_its_pairs_in_another_machine", || {
+        let (mut guest, _) = card(",queues=2");
+        guest.send(4, &[&[4, 0, 2, 0]], &[1]);
+        assert_eq!(guest.collect(4).data, [0]);
+        guest.send(RX, &[], &[1526]);
+        let saved = guest.save().unwrap();
+        drop(guest);
+        let spec = spec("tap0,bridge=br0,vhost=off,queues=2,mac=02:00:00:00:00:99");
+        let mut guest = testing::mmio(Net::open(&spec, None).unwrap());
+        guest.load(&saved).unwrap();
+        let mut mac = [0; 6];
+        guest.registers.read_config(0, &mut mac);
+        assert_eq!(mac, GUEST);
+        let peer = Peer::new();
+        // A frame comes back on the pair on which its flow was last sent. The room on the first pair is from before.
+        guest.send(2, &[], &[1526]);
+        for (pair, seed) in [(1, 1), (0, 2)] {
+            guest.send(2 * pair + 1, &[&[0; HEADER], &frame(PEER, GUEST, seed, 200)], &[]);
+            assert_eq!(peer.receive().1, frame(PEER, GUEST, seed, 200));
+            guest.collect(2 * pair + 1);
+            peer.send([0; HEADER], &frame(GUEST, PEER, seed, 100));
+            assert_eq!(guest.collect(2 * pair).data[HEADER..], frame(GUEST, PEER, seed, 100));
+        }
+        assert!(guest.registers.load(saved.state.clone()).is_err());
+        guest.reset();
+        let mut state = saved.state.clone();
+        *state.pointer_mut("/core/device/pairs").unwrap() = 3.into();
+        let refusal = format!("{:#}", guest.registers.load(state).unwrap_err());
+        assert!(refusal.contains("3 pairs"), "{refusal}");
     });
 }
 

@@ -30,6 +30,7 @@ const SET_MEMORY: libc::Ioctl = libc::_IOW::<u64>(TYPE, 0x03);
 const SET_SIZE: libc::Ioctl = libc::_IOW::<Number>(TYPE, 0x10);
 const SET_ADDRESSES: libc::Ioctl = libc::_IOW::<Addresses>(TYPE, 0x11);
 const SET_POSITION: libc::Ioctl = libc::_IOW::<Number>(TYPE, 0x12);
+const GET_POSITION: libc::Ioctl = libc::_IOWR::<Number>(TYPE, 0x12);
 const SET_KICK: libc::Ioctl = libc::_IOW::<Descriptor>(TYPE, 0x20);
 const SET_CALL: libc::Ioctl = libc::_IOW::<Descriptor>(TYPE, 0x21);
 const SET_ERROR: libc::Ioctl = libc::_IOW::<Descriptor>(TYPE, 0x22);
@@ -168,6 +169,14 @@ impl Pair {
         }
     }
 
+    /// How far the kernel has read the available ring.
+    fn position(&self, ring: u32) -> io::Result<u16> {
+        let mut number = Number { ring, number: 0 };
+        // SAFETY: `number` lives across the call, and is of the type that the number was made for.
+        check(unsafe { libc::ioctl(self.kernel.as_raw_fd(), GET_POSITION, &raw mut number) })?;
+        u16::try_from(number.number).map_err(io::Error::other)
+    }
+
     fn set_backend(&self, ring: u32, descriptor: RawFd) -> io::Result<()> {
         set(&self.kernel, SET_BACKEND, &Descriptor { ring, descriptor })
     }
@@ -219,13 +228,15 @@ pub struct VhostHandler {
     /// Two for each of the first of them, as many as the driver has enabled.
     rings: Vec<[Ring; 2]>,
     control: Option<Control>,
+    /// How many pairs the driver uses.
+    used: usize,
 }
 
 impl VhostHandler {
-    /// Has the kernel begin. What may fail does before `pairs` are taken.
+    /// Has the kernel begin, with the first `used` pairs in use. What may fail does before `pairs` are taken.
     pub(super) fn new(
         name: String,
-        pairs: &mut Vec<Pair>,
+        (pairs, used): (&mut Vec<Pair>, usize),
         queues: Queues,
         memory: &Ram,
         features: u64,
@@ -241,15 +252,36 @@ impl VhostHandler {
                 return Err(error).context("vhost-net does not take a queue: say vhost=off");
             }
         }
-        Ok(Self { name, pairs: std::mem::take(pairs), rings, control: queues.control })
+        let mut handler = Self { name, pairs: std::mem::take(pairs), rings, control: queues.control, used: 1 };
+        handler.use_pairs(used.min(handler.rings.len()));
+        Ok(handler)
     }
 
     /// Gives back the queues and the pairs.
     pub(super) fn stop(self) -> (Vec<VirtQueue>, Vec<Pair>) {
+        let mut queues = Vec::new();
         self.pairs.iter().for_each(Pair::stop);
-        let mut queues: Vec<_> = self.rings.into_iter().flatten().map(|ring| ring.served.queue).collect();
+        for (pair, rings) in self.pairs.iter().zip(self.rings) {
+            for (ring, Ring { mut served, .. }) in RINGS.into_iter().zip(rings) {
+                // Without it, the queue goes on behind what was given back.
+                served.queue.take_back(pair.position(ring).ok());
+                queues.push(served.queue);
+            }
+        }
         queues.extend(self.control.map(Control::into_queue));
         (queues, self.pairs)
+    }
+
+    /// How many pairs the driver uses.
+    pub(super) fn used(&self) -> usize {
+        self.used
+    }
+
+    /// The driver uses this many pairs from now on.
+    fn use_pairs(&mut self, count: usize) {
+        self.used = count;
+        let taps = self.pairs.iter().map(|pair| &pair.tap).take(self.rings.len());
+        super::tap::use_queues(&self.name, taps, count);
     }
 
     /// The rings with their tokens.
@@ -272,8 +304,7 @@ impl Handler for VhostHandler {
             CONTROL => {
                 let most = self.rings.len();
                 if let Some(count) = self.control.as_mut().map_or(Ok(None), |control| control.serve(most))? {
-                    let taps = self.pairs.iter().map(|pair| &pair.tap).take(most);
-                    super::tap::use_queues(&self.name, taps, count);
+                    self.use_pairs(count);
                 }
             }
             ERROR.. => {

@@ -26,6 +26,9 @@ const MOST_AT_ONCE: usize = 64;
 /// The host's ports for its own connections are from here up to twice this; the guest finds services below.
 const FIRST_PORT: u32 = 1 << 30;
 
+/// VIRTIO_VSOCK_EVENT_TRANSPORT_RESET.
+const TRANSPORT_RESET: u32 = 0;
+
 /// What the I/O thread tells us about. From `FIRST` on it is connections.
 const RX: u32 = 0;
 const TX: u32 = 1;
@@ -38,7 +41,7 @@ pub struct VsockHandler {
     path: PathBuf,
     rx: VirtQueue,
     tx: VirtQueue,
-    /// For events, of which there are none before there are snapshots.
+    /// For the one event that there is.
     event: VirtQueue,
     listener: Arc<UnixListener>,
     /// The listener is not watched: there is no room for another connection.
@@ -80,6 +83,18 @@ impl VsockHandler {
             resets: VecDeque::new(),
             stalled: false,
         }
+    }
+
+    /// Tells the driver that its connections are gone and its address may be another (section 5.10.6.7).
+    pub(super) fn report_interruption(&mut self) -> Result<(), GuestFault> {
+        let Some(mut chain) = self.event.pop()? else {
+            log::warn!("A vsock driver has no room for the event that its connections are gone");
+            return Ok(());
+        };
+        chain.write_at(0, &TRANSPORT_RESET.to_le_bytes())?;
+        self.event.push(chain, 4);
+        self.event.signal();
+        Ok(())
     }
 
     /// Closes all connections.

@@ -26,6 +26,7 @@ use std::sync::Arc;
 
 use anyhow::bail;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use virtio::{Active, Kind, VirtQueue, VirtioDevice};
 
 use crate::{Transport, unix};
@@ -91,6 +92,8 @@ impl VsockSpec {
 pub struct Vsock {
     spec: VsockSpec,
     listener: Arc<UnixListener>,
+    /// A driver that goes on has connections that are gone.
+    interrupted: bool,
 }
 
 impl Vsock {
@@ -102,7 +105,7 @@ impl Vsock {
     pub fn new(spec: &VsockSpec) -> anyhow::Result<Self> {
         spec.validate()?;
         let listener = Arc::new(unix::listen(&spec.path, BACKLOG, "the vsock device")?);
-        Ok(Self { spec: spec.clone(), listener })
+        Ok(Self { spec: spec.clone(), listener, interrupted: false })
     }
 }
 
@@ -137,10 +140,27 @@ impl VirtioDevice for Vsock {
 
     fn start(&mut self, mut active: Active) -> anyhow::Result<VsockHandler> {
         let queues = [active.take(0)?, active.take(1)?, active.take(2)?];
-        Ok(VsockHandler::new(self.spec.cid().into(), self.spec.path.clone(), queues, self.listener.clone()))
+        let (guest, path) = (self.spec.cid().into(), self.spec.path.clone());
+        let mut handler = VsockHandler::new(guest, path, queues, self.listener.clone());
+        if std::mem::take(&mut self.interrupted) {
+            handler.report_interruption()?;
+        }
+        Ok(handler)
     }
 
     fn stop(&mut self, handler: VsockHandler) -> Vec<VirtQueue> {
+        self.interrupted = true;
         handler.stop()
+    }
+
+    fn reset(&mut self) {
+        self.interrupted = false;
+    }
+
+    /// Nothing: connections end when the device stops.
+    fn load(&mut self, state: Value) -> anyhow::Result<()> {
+        anyhow::ensure!(state.is_null(), "its state is {state}, and such a device has none");
+        self.interrupted = true;
+        Ok(())
     }
 }

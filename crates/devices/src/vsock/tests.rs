@@ -12,8 +12,9 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::net::UnixStream;
 use std::thread;
 
-use rig::{CID, End, GUEST_PORT, ROOM, RX, Rig, TX};
+use rig::{CID, EVENT, End, GUEST_PORT, ROOM, RX, Rig, TX};
 use tempfile::TempDir;
+use virtio::testing::Registers as _;
 
 fn pattern(length: usize) -> Vec<u8> {
     (0u8..=250).cycle().take(length).collect()
@@ -458,4 +459,23 @@ fn what_cannot_be_is_refused_with_the_way_out() {
         let fault = Vsock::new(&kv::from_str(text).unwrap()).err().expect("it is refused").to_string();
         assert!(fault.contains(cure), "{text}: {fault}");
     }
+}
+
+#[test]
+fn a_driver_that_goes_on_is_told_that_its_connections_are_gone() {
+    let mut rig = Rig::new();
+    let listener = rig.listen(52);
+    let (_, host) = rig.open(&listener);
+    let event = rig.driver.send(EVENT, &[], &[8]);
+    let saved = rig.driver.save().unwrap();
+    assert_eq!(rest(&host), b"");
+    rig.driver.registers.resume();
+    let told = rig.driver.collect(EVENT);
+    assert_eq!((told.head, told.data.as_slice()), (event, [0; 4].as_slice()));
+    rig.assert_works();
+    let mut other = Rig::without_buffers();
+    other.driver.reset();
+    other.driver.load(&saved).unwrap();
+    assert_eq!(other.driver.collect(EVENT).data, [0; 4]);
+    other.assert_works();
 }

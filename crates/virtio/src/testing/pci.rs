@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bus::pci::{Message, MsiRouter, Segment};
 use bus::{BusDevice, Shared};
+use serde_json::Value;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{Driver, Registers, wiring};
@@ -133,6 +134,18 @@ impl<D: VirtioDevice> Registers for PciRegisters<D> {
     }
 
     fn acknowledge(&mut self) {}
+
+    fn save(&mut self) -> anyhow::Result<Value> {
+        Ok(serde_json::to_value(lock(&self.device).save()?)?)
+    }
+
+    fn load(&mut self, state: Value) -> anyhow::Result<()> {
+        lock(&self.device).load(serde_json::from_value(state)?)
+    }
+
+    fn resume(&mut self) {
+        lock(&self.device).core().resume();
+    }
 }
 
 fn lock<T: ?Sized>(shared: &Mutex<T>) -> MutexGuard<'_, T> {

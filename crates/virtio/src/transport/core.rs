@@ -4,6 +4,8 @@
 //! A register write that the specification forbids at its time is dropped; a driver cannot be told more than that. What
 //! a driver does wrong at DRIVER_OK or later ends in NEEDS_RESET, and a reset always works.
 
+mod snapshot;
+
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
@@ -11,6 +13,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use std::{fmt, io};
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+pub use self::snapshot::CoreState;
 
 use super::Wiring;
 use crate::device::{Active, ConfigChange, Interrupt, Kind, VirtioDevice, features};
@@ -160,7 +164,7 @@ impl<D: VirtioDevice> Core<D> {
         let mut handler = self.wiring.io_thread.remove(ticket);
         let any: &mut dyn std::any::Any = &mut *handler;
         let result = f(&mut self.device, any.downcast_mut());
-        self.resume(handler, ticket);
+        self.hand_over(handler, ticket);
         result
     }
 
@@ -301,7 +305,7 @@ impl<D: VirtioDevice> Core<D> {
             Ok(handler) => {
                 let ticket = Ticket::new();
                 self.running = Some(ticket);
-                self.resume(Box::new(handler), ticket);
+                self.hand_over(Box::new(handler), ticket);
                 // What was made available before now, or before a snapshot, has no kick of its own.
                 for queue in self.queues.iter().filter(|queue| queue.registers.enabled) {
                     let _ = queue.kick.write(1);
@@ -330,7 +334,7 @@ impl<D: VirtioDevice> Core<D> {
     }
 
     /// Gives a handler to its thread. One that was parked there stays so: its device needs a reset.
-    fn resume(&mut self, handler: Box<dyn crate::device::Handler>, ticket: Ticket) {
+    fn hand_over(&mut self, handler: Box<dyn crate::device::Handler>, ticket: Ticket) {
         let (fault, interrupt) = (self.fault.clone(), self.interrupt.clone());
         let on_fault = move |error: &dyn fmt::Display| {
             fault.report(error);
@@ -343,6 +347,7 @@ impl<D: VirtioDevice> Core<D> {
     /// Section 2.4: when this returns, nothing of the device runs and no buffer of the driver's is touched any more.
     fn reset(&mut self) {
         self.stop();
+        self.device.reset();
         self.status = 0;
         self.fault.happened.store(false, Ordering::Release);
         self.accepted = 0;

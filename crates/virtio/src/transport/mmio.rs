@@ -8,10 +8,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use bus::{BusDevice, Irq};
+use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::Wiring;
-use super::core::{Core, Half, Reg};
+use super::core::{Core, CoreState, Half, Reg};
 use crate::device::{Interrupt, VirtioDevice};
 
 /// How much of the guest's address space a device takes, in bytes.
@@ -43,6 +44,15 @@ pub struct Mmio<D: VirtioDevice> {
     shared_memory_select: u32,
 }
 
+/// A device and its registers as they were saved.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MmioState {
+    core: CoreState,
+    interrupt_status: u32,
+    shared_memory_select: u32,
+}
+
 impl<D: VirtioDevice> Mmio<D> {
     /// `irq` must be edge-triggered.
     ///
@@ -62,6 +72,31 @@ impl<D: VirtioDevice> Mmio<D> {
     /// What is the same over every transport.
     pub fn core(&mut self) -> &mut Core<D> {
         &mut self.core
+    }
+
+    /// Stops the device and says what it is in; see [`Core::save`].
+    ///
+    /// # Errors
+    ///
+    /// It cannot be saved, and goes on.
+    pub fn save(&mut self) -> anyhow::Result<MmioState> {
+        Ok(MmioState {
+            core: self.core.save()?,
+            interrupt_status: self.interrupt.status.load(Ordering::Acquire),
+            shared_memory_select: self.shared_memory_select,
+        })
+    }
+
+    /// Takes over what was saved; see [`Core::load`].
+    ///
+    /// # Errors
+    ///
+    /// It is no state of such a device.
+    pub fn load(&mut self, state: MmioState) -> anyhow::Result<()> {
+        self.core.load(state.core)?;
+        self.interrupt.status.store(state.interrupt_status & (USED_RING | CONFIG_CHANGE), Ordering::Release);
+        self.shared_memory_select = state.shared_memory_select;
+        Ok(())
     }
 
     fn read_register(&self, offset: u32) -> u32 {

@@ -9,9 +9,9 @@ mod core;
 pub mod mmio;
 pub mod pci;
 
-pub use self::core::{Core, Half, Reg, status};
-pub use self::mmio::Mmio;
-pub use self::pci::Pci;
+pub use self::core::{Core, CoreState, Half, Reg, status};
+pub use self::mmio::{Mmio, MmioState};
+pub use self::pci::{Pci, PciState};
 
 use std::sync::{Arc, Mutex, PoisonError};
 

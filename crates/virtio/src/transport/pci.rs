@@ -11,10 +11,11 @@ use std::sync::atomic::{AtomicU8, AtomicU16, Ordering};
 
 use bus::Irq;
 use bus::pci::{BarKind, Config, Function, Identity, MsiRouter, Msix, msix};
+use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::Wiring;
-use super::core::{Core, Half, Reg};
+use super::core::{Core, CoreState, Half, Reg};
 use crate::device::{Interrupt, Kind, VirtioDevice};
 
 /// Section 4.1.2: the vendor of all virtio devices, and what is added to a device's type.
@@ -71,6 +72,25 @@ pub struct Pci<D: VirtioDevice> {
     access: usize,
 }
 
+/// Bytes of the configuration space and of the region of MSI-X, as far as they are saved.
+const SPACE: usize = 256;
+#[expect(clippy::cast_possible_truncation, reason = "two pages")]
+const MSIX_BYTES: usize = msix::REGION as usize;
+
+/// A device and its function as they were saved.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PciState {
+    core: CoreState,
+    /// The configuration space.
+    config: Vec<u8>,
+    /// The table of interrupt vectors, and which are pending, as the guest reads them.
+    msix: Vec<u8>,
+    config_vector: u16,
+    queue_vectors: Vec<u16>,
+    isr: u8,
+}
+
 impl<D: VirtioDevice> Pci<D> {
     /// A function that is not on a bus yet. `router` takes its vectors to the processors.
     ///
@@ -120,6 +140,48 @@ impl<D: VirtioDevice> Pci<D> {
     /// What is the same over every transport.
     pub fn core(&mut self) -> &mut Core<D> {
         &mut self.core
+    }
+
+    /// Stops the device and says what it and its function are in; see [`Core::save`].
+    ///
+    /// # Errors
+    ///
+    /// It cannot be saved, and goes on.
+    pub fn save(&mut self) -> anyhow::Result<PciState> {
+        let core = self.core.save()?;
+        let (mut config, mut msix) = (vec![0; SPACE], vec![0; MSIX_BYTES]);
+        self.config.read(0, &mut config);
+        self.msix.read(0, &mut msix);
+        let vectors = &*self.vectors;
+        Ok(PciState {
+            core,
+            config,
+            msix,
+            config_vector: vectors.config.load(Ordering::Acquire),
+            queue_vectors: vectors.queues.iter().map(|vector| vector.load(Ordering::Acquire)).collect(),
+            isr: vectors.isr.load(Ordering::Acquire),
+        })
+    }
+
+    /// Takes over what was saved; see [`Core::load`]. The function must be on a bus, and goes where it was there.
+    ///
+    /// # Errors
+    ///
+    /// It is no state of such a function.
+    pub fn load(&mut self, state: PciState) -> anyhow::Result<()> {
+        let PciState { core, config, msix, config_vector, queue_vectors, isr } = state;
+        let fits = (config.len(), msix.len(), queue_vectors.len()) == (SPACE, MSIX_BYTES, self.vectors.queues.len());
+        anyhow::ensure!(fits, "The state of a PCI function has too much or too little of something");
+        self.core.load(core)?;
+        // What a guest cannot write stays as it is here.
+        self.config.write(0, &config);
+        self.msix.load(&self.config, &msix);
+        for (vector, value) in self.vectors.queues.iter().zip(queue_vectors) {
+            vector.store(self.checked(value.into()), Ordering::Release);
+        }
+        self.vectors.config.store(self.checked(config_vector.into()), Ordering::Release);
+        self.vectors.isr.store(isr & CONFIG_CHANGE, Ordering::Release);
+        Ok(())
     }
 
     /// The eventfds of the vectors: the one that a driver takes for the configuration, then one for each queue.

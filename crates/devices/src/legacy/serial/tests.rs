@@ -113,7 +113,7 @@ fn input_beyond_the_fifo_reaches_a_slow_guest_whole_and_in_order() {
         }
     }
     assert!(received == sent);
-    assert_eq!(receive(&mut serial, 1), []);
+    assert!(receive(&mut serial, 1).is_empty());
 }
 
 #[test]

@@ -10,6 +10,7 @@ use virtio::testing::{self, DEADLINE, Driver, MmioRegisters};
 
 pub(super) const RX: u16 = 0;
 pub(super) const TX: u16 = 1;
+pub(super) const EVENT: u16 = 2;
 pub(super) const CID: u64 = 3;
 /// What Linux gives for a packet.
 pub(super) const ROOM: usize = 4096;
