@@ -48,12 +48,7 @@ pub(crate) struct Args {
 pub(crate) fn run(args: &Args) -> Result<bool> {
     setup::run()?;
     let host = Host { timeout: TIME_LIMIT, ..Host::default() };
-    let step = progress::step("Building the tests");
-    let vmm = build::vmm()?;
-    let units = build::tests()?;
-    let mut booting = build::integration_tests("vmm")?;
-    let mut own = build::integration_tests("xtask")?;
-    drop(step);
+    let Built { vmm, units, mut booting, mut own } = Built::by_cargo(args)?;
     if let Some(filter) = &args.filter {
         booting = with_tests(booting, filter)?;
         own = with_tests(own, filter)?;
@@ -83,6 +78,36 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
         tally.run(&jobs, args)?;
     }
     Ok(tally.close())
+}
+
+/// What there is to test, and with what.
+struct Built {
+    vmm: PathBuf,
+    units: Vec<Executable>,
+    /// The integration tests of `vmm`.
+    booting: Vec<Executable>,
+    /// Those of this program.
+    own: Vec<Executable>,
+}
+
+impl Built {
+    /// What guests are made of is made meanwhile, and what is optimised beside what is not: each of the three has long
+    /// spells on one processor.
+    fn by_cargo(args: &Args) -> Result<Self> {
+        let _step = progress::step("Building the tests");
+        thread::scope(|scope| {
+            let vmm = scope.spawn(build::vmm);
+            // Few tests may need none of it.
+            let assets = args.filter.is_none().then(|| scope.spawn(assets::directory));
+            let units = build::tests()?;
+            let (booting, own) = (build::integration_tests("vmm")?, build::integration_tests("xtask")?);
+            if let Some(assets) = assets {
+                assets.join().expect("making assets does not panic")?;
+            }
+            let vmm = vmm.join().expect("Cargo's messages are read without a panic")?;
+            Ok(Self { vmm, units, booting, own })
+        })
+    }
 }
 
 /// Those that have a test whose name contains `filter`: for the others no host need be started.

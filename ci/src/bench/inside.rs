@@ -38,9 +38,6 @@ const TICK: u64 = 4_000_000;
 /// How many more runs a short one gets, spread over a tick.
 const PHASES: u64 = 8;
 
-/// How many runs an emulated host is started for.
-const TOGETHER: usize = 3;
-
 /// How often a run may come to nothing.
 const CHANCES: usize = 3;
 
@@ -66,15 +63,15 @@ pub(super) struct Plan {
 }
 
 impl Plan {
-    /// Has this program carry it out, a few runs in each emulated host, as many hosts side by side as there are processors;
+    /// Has this program carry it out, `together` runs in each emulated host, as many hosts side by side as there are processors;
     /// on the instruction clock none sees the others. Returns what was measured, by the names of the runs.
     ///
     /// When it counts instructions QEMU stands still in one host of a dozen, so a run has several chances, and says so.
-    pub(super) fn carry_out(self, host: &Host) -> Result<BTreeMap<String, Measured>> {
+    pub(super) fn carry_out(self, host: &Host, together: usize) -> Result<BTreeMap<String, Measured>> {
         let Self { files, prepare, services, runs, tolerant } = self;
         let mut groups: Vec<Vec<Run>> = Vec::new();
         for run in runs {
-            match groups.last_mut().filter(|group| group.len() < TOGETHER) {
+            match groups.last_mut().filter(|group| group.len() < together) {
                 Some(group) => group.push(run),
                 None => groups.push(vec![run]),
             }

@@ -16,7 +16,6 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::thread;
 
 use anyhow::Result;
 
@@ -68,8 +67,10 @@ const LOGIN_ASKED: f64 = 0.8;
 const TAP: &str = "tap0";
 /// How many times the amounts that suit the instruction clock are moved in real time.
 pub(super) const REAL_TIME_SCALE: u64 = 4;
-/// Seconds that one machine may run.
+/// Seconds that one machine may run, on its host's clock.
 const LIMIT: u64 = 120;
+/// Seconds that a host has for one machine, on our clock.
+const TIME_LIMIT: u64 = 600;
 
 /// What `cargo xtask bench io` takes.
 #[derive(clap::Args)]
@@ -93,14 +94,11 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     setup::run()?;
     let bench = Bench::new()?;
     let step = progress::step("Measuring on the instruction clock; this takes some minutes");
-    let host = Host { timeout: 900, icount: true, ..Host::default() };
-    let (ours, theirs) = (bench.our_plan(args)?, bench.qemu_plan(args)?);
-    let measured = thread::scope(|scope| {
-        let theirs = scope.spawn(|| theirs.carry_out(&host));
-        let mut measured = ours.carry_out(&host)?;
-        measured.extend(theirs.join().expect("a measurement does not panic")?);
-        Ok::<_, anyhow::Error>(measured)
-    })?;
+    let host = Host { timeout: TIME_LIMIT, icount: true, ..Host::default() };
+    let mut measured = bench.loads(args).carry_out(&host, 1)?;
+    if !args.no_debian {
+        measured.extend(bench.logins()?.carry_out(&host, 1)?);
+    }
     drop(step);
     println!("On the instruction clock, one processor:\n");
     print(|whose| table::figures(&measured, whose))?;
@@ -163,36 +161,39 @@ impl Bench {
         Ok(Self { files, qemu: qemu::files()?, versions })
     }
 
-    fn our_plan(&self, args: &Args) -> Result<Plan> {
-        let mut plan = self.plan(vec![our_run(OURS, "disk", "off", 1, 1), our_run(OURS, "disk", "on", 1, 1)]);
+    fn loads(&self, args: &Args) -> Plan {
+        let mut plan = self.plan(Vec::new());
+        for vhost in ["off", "on"] {
+            plan.runs.extend(PEERS.map(|peer| peer.run(vhost, 1, 1)));
+            plan.runs.push(our_run(OURS, "disk", vhost, 1, 1));
+        }
         for engine in ENGINES.iter().filter(|_| args.engines) {
             plan.runs.push(our_run(engine, &format!("disk,engine={engine}"), "none", 1, 1));
         }
-        if !args.no_debian {
-            add_debian(&mut plan)?;
-            let words = "vmm --kernel vmlinuz --initrd initrd.img --mem 512M --disk debian.img";
-            let mut words: Vec<String> = words.split(' ').map(str::to_owned).collect();
-            words.extend(["--cmdline".to_owned(), "root=/dev/vda rw".to_owned()]);
-            plan.runs.push(Run { name: login_name(OURS), words, measure: login() });
-        }
-        Ok(plan)
+        plan
     }
 
-    fn qemu_plan(&self, args: &Args) -> Result<Plan> {
-        let mut plan =
-            self.plan(PEERS.iter().flat_map(|peer| ["off", "on"].map(|vhost| peer.run(vhost, 1, 1))).collect());
-        plan.files.extend(self.qemu.clone());
-        if !args.no_debian {
-            add_debian(&mut plan)?;
-            for peer in PEERS {
-                let options = format!(
-                    "-M {} -m 512 -serial stdio -kernel vmlinuz -initrd initrd.img {}",
-                    peer.machine,
-                    peer.disk("debian.img")
-                );
-                let words = qemu::words("console=ttyS0 root=/dev/vda rw", &options);
-                plan.runs.push(Run { name: login_name(peer.name), words, measure: login() });
-            }
+    /// The image is as large as the emulated host's memory can hold only without its holes.
+    fn logins(&self) -> Result<Plan> {
+        let mut plan = self.plan(Vec::new());
+        let folder = image::plain_debian_image()?;
+        for name in ["vmlinuz", "initrd.img"] {
+            plan.files.insert(name.to_owned(), folder.join(name));
+        }
+        let image = folder.join("debian.img").display().to_string();
+        plan.prepare.push(["/bin/cp", "--sparse=always", &image, "debian.img"].map(str::to_owned).to_vec());
+        let words = "vmm --kernel vmlinuz --initrd initrd.img --mem 512M --disk debian.img";
+        let mut words: Vec<String> = words.split(' ').map(str::to_owned).collect();
+        words.extend(["--cmdline".to_owned(), "root=/dev/vda rw".to_owned()]);
+        plan.runs.push(Run { name: login_name(OURS), words, measure: login() });
+        for peer in PEERS {
+            let options = format!(
+                "-M {} -m 512 -serial stdio -kernel vmlinuz -initrd initrd.img {}",
+                peer.machine,
+                peer.disk("debian.img")
+            );
+            let words = qemu::words("console=ttyS0 root=/dev/vda rw", &options);
+            plan.runs.push(Run { name: login_name(peer.name), words, measure: login() });
         }
         Ok(plan)
     }
@@ -208,7 +209,6 @@ impl Bench {
                 plan.runs.push(our_run(OURS, "disk", vhost, 2, REAL_TIME_SCALE));
                 plan.runs.extend(PEERS.map(|peer| peer.run(vhost, 2, REAL_TIME_SCALE)));
             }
-            plan.files.extend(self.qemu.clone());
             let host = Host { timeout: 900, cpus: 2, ..Host::default() };
             let results = plan.carry_out_together(&host)?;
             measured.extend(results.into_iter().map(|(name, result)| (format!("{number} {name}"), result)));
@@ -218,6 +218,7 @@ impl Bench {
 
     fn plan(&self, runs: Vec<Run>) -> Plan {
         let words = |line: &str| line.split(' ').map(str::to_owned).collect();
+        let files = self.files.iter().chain(&self.qemu).map(|(name, file)| (name.clone(), file.clone())).collect();
         let prepare = [
             "/bin/dd if=/dev/zero of=disk bs=1M count=64 status=none".to_owned(),
             format!("/sbin/ip tuntap add {TAP} mode tap"),
@@ -227,7 +228,7 @@ impl Bench {
         let iperf3 = format!("{} --library-path . ./iperf3 --server", tools::LOADER);
         let services = ["rr 10.9.0.1:7777", &iperf3];
         Plan {
-            files: self.files.clone(),
+            files,
             prepare: prepare.iter().map(|line| words(line)).collect(),
             services: services.map(words).to_vec(),
             runs,
@@ -298,17 +299,6 @@ impl Peer {
     fn disk(&self, file: &str) -> String {
         format!("-drive if=none,id=disk,file={file},format=raw,aio=io_uring {}", self.disk)
     }
-}
-
-/// Adds the Debian image, which is as large as the emulated host's memory can hold only without its holes.
-fn add_debian(plan: &mut Plan) -> Result<()> {
-    let folder = image::plain_debian_image()?;
-    for name in ["vmlinuz", "initrd.img"] {
-        plan.files.insert(name.to_owned(), folder.join(name));
-    }
-    let image = folder.join("debian.img").display().to_string();
-    plan.prepare.push(["/bin/cp", "--sparse=always", &image, "debian.img"].map(str::to_owned).to_vec());
-    Ok(())
 }
 
 fn login() -> Measure {
