@@ -20,6 +20,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::consoles::{Consoles, EventLoop};
 use crate::exit::{Usage, code_of_outcome, code_of_signal};
+use crate::folders::{Api, Folders};
 use crate::run::Session;
 use crate::signals::Signals;
 use crate::trim;
@@ -31,11 +32,11 @@ const MOST_PASSED_ON: u32 = 3;
 /// How long the end of the guest's output waits for a reader that has stopped.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
-/// Boots what `config` describes, and listens at `api_socket` for what is asked of it. Returns when the guest has ended
+/// Boots what `config` describes, and listens at the socket of `api` for what is asked of it. Returns when the guest has ended
 /// for good, or the command of `session`, without which a guest's end is an error.
 pub(crate) fn boot(
     config: &VmConfig,
-    api_socket: Option<&Path>,
+    api: Option<Api<'_>>,
     session: Option<&Session>,
     start: Instant,
 ) -> anyhow::Result<ExitCode> {
@@ -48,7 +49,7 @@ pub(crate) fn boot(
     std::fs::write("/proc/self/comm", &name).context("Cannot name the process")?;
     let host = Host::open(Path::new(Host::DEVICE)).map_err(ConfigError::from)?;
     let cache = if config.no_kernel_cache { None } else { Cache::of_user() };
-    let mut main_loop = MainLoop::new(&config, api_socket, session)?;
+    let mut main_loop = MainLoop::new(&config, api, session)?;
     if let Some(session) = session {
         session.start()?;
     }
@@ -146,7 +147,7 @@ struct MainLoop<'a> {
     events: EventLoop,
     consoles: Consoles,
     signals: Rc<RefCell<Signals>>,
-    server: Option<Server>,
+    server: Option<(Server, Folders)>,
     session: Option<&'a Session>,
     quit: Arc<AtomicBool>,
     /// Written when a guest has ended.
@@ -158,7 +159,7 @@ struct MainLoop<'a> {
 }
 
 impl<'a> MainLoop<'a> {
-    fn new(config: &VmConfig, api_socket: Option<&Path>, session: Option<&'a Session>) -> anyhow::Result<Self> {
+    fn new(config: &VmConfig, api: Option<Api<'_>>, session: Option<&'a Session>) -> anyhow::Result<Self> {
         let quit = Arc::new(AtomicBool::new(false));
         let asked = quit.clone();
         let consoles = Consoles::open(config, move || asked.store(true, Ordering::Relaxed))?;
@@ -169,8 +170,11 @@ impl<'a> MainLoop<'a> {
         let mut events = EventLoop::new().map_err(|error| anyhow::anyhow!("Cannot make an event loop: {error}"))?;
         events.add_subscriber(signals.clone());
         // Its thread is to have the signals blocked, too.
-        let server = api_socket.map(Server::listen).transpose().map_err(|error| Usage(format!("{error:#}")))?;
-        let called = server.as_ref().map(Server::called).into_iter().chain(session.map(Session::ended));
+        let server = api
+            .map(|Api { socket, folders }| Ok((Server::listen(socket)?, folders)))
+            .transpose()
+            .map_err(|error: anyhow::Error| Usage(format!("{error:#}")))?;
+        let called = server.as_ref().map(|(server, _)| server.called()).into_iter().chain(session.map(Session::ended));
         for wake in [&ended].into_iter().chain(called) {
             let wake = wake.try_clone().context("Cannot duplicate an eventfd")?;
             events.add_subscriber(Rc::new(RefCell::new(Wake(wake))));
@@ -182,8 +186,10 @@ impl<'a> MainLoop<'a> {
     fn run(&mut self, machine: &mut Live) -> anyhow::Result<End> {
         loop {
             // One in each turn, so that clients keep neither signals nor the console waiting.
-            if let Some(call) = self.server.as_ref().and_then(Server::next_call) {
-                call.answer(|request| machine.perform(request));
+            if let Some((server, folders)) = &self.server
+                && let Some(call) = server.next_call()
+            {
+                call.answer(|request| machine.perform(folders.open_for(request, machine.config())?));
             }
             if self.session.is_some_and(Session::has_ended) {
                 return Ok(End::Command);

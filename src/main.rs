@@ -6,6 +6,7 @@ mod check;
 mod cli;
 mod consoles;
 mod exit;
+mod folders;
 mod logger;
 mod run;
 mod signals;

@@ -6,7 +6,7 @@ mod support;
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::fd::AsFd;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -205,7 +205,7 @@ fn what_the_schema_has_and_this_machine_refuses_is_said() {
 #[test]
 fn a_medium_is_swapped_and_stays_through_a_reboot() {
     let images = [("old.img", 1), ("new.img", 2), ("newer.img", 3)];
-    let mut machine = Machine::start(&images, &["--disk", "@old.img"]);
+    let mut machine = Machine::start(&images, &["--disk", "@old.img", "--api-folder", "@"]);
     let [old, new, newer] = images.map(|(name, _)| machine.path(name));
     machine.asked(&["drive", "old", "--path", new.to_str().unwrap()]);
     assert_eq!(machine.image(0), new.to_str().unwrap());
@@ -216,10 +216,45 @@ fn a_medium_is_swapped_and_stays_through_a_reboot() {
     machine.vmm.stdout().wait_for(">>", 0);
     assert_eq!(machine.image(0), new.to_str().unwrap());
     try_disk(&new).assert_refused(&["locked"]);
-    // Other clients name a path, and the machine opens it.
+    // Other clients name a path, and the machine opens it, if it may.
     assert_eq!(machine.change_drive("old", newer.to_str().unwrap(), None).status, 204);
     try_disk(&new).assert(0, "the guest powered off");
     try_disk(&newer).assert_refused(&["locked"]);
+    machine.power_off();
+}
+
+#[test]
+fn a_file_that_is_named_lies_in_a_folder_that_was_allowed() {
+    let images = [("old.img", 1), ("other.img", 1)];
+    let folder = tempfile::tempdir().unwrap();
+    let allowed = folder.path().join("allowed");
+    fs::create_dir_all(allowed.join("in")).unwrap();
+    let arguments = ["--disk", "@old.img", "--disk", "@other.img,readonly", "--api-folder"];
+    let machine = Machine::start(&images, &[&arguments[..], &[allowed.to_str().unwrap()]].concat());
+    let other = machine.path("other.img");
+    let change = |path: &Path| machine.change_drive("old", path.to_str().unwrap(), None);
+    let refused = |path: &Path, part: &str| {
+        let answer = change(path);
+        assert_eq!(answer.status, 400);
+        assert!(answer.fault().unwrap().contains(part), "{answer:?}");
+    };
+    refused(&other, "--api-folder");
+    refused(&allowed.with_file_name("allowed2/x"), "--api-folder");
+    refused(&allowed.join("none"), "does not exist");
+    refused(&allowed, "is a directory");
+    refused(&allowed.join("in"), "is a directory");
+    refused(&allowed.join("../secret"), "leads out");
+    symlink(&other, allowed.join("link")).unwrap();
+    refused(&allowed.join("link"), "leads out");
+    symlink("in/image", allowed.join("inner")).unwrap();
+    File::create(allowed.join("in/image")).unwrap().set_len(MIB).unwrap();
+    assert_eq!(change(&allowed.join("inner")).status, 204);
+    // The one that is in the drive need not be opened again.
+    assert_eq!(machine.change_drive("other", other.to_str().unwrap(), None).status, 204);
+    let lone = Code::default().power_off().halt().kernel(&[]);
+    lone.vmm(&["--api-folder", "/tmp"]).run().assert_refused(&["--api-socket"]);
+    let nowhere = ["--api-socket", "/nonexistent/socket", "--api-folder", "/nonexistent"];
+    lone.vmm(&nowhere).run().assert_refused(&["--api-folder", "/nonexistent"]);
     machine.power_off();
 }
 
@@ -286,8 +321,6 @@ fn what_cannot_be_put_into_a_drive_is_said_by_ctl() {
     machine.assert_refused(&["drive", "base", "--resize"], &["overlay", "stop the VM"]);
     machine.assert_refused(&["drive", "old"], &["--path", "--resize"]);
     machine.assert_refused(&["drive", "old", "--resize", "--path", "x"], &["--path", "--resize"]);
-    let answer = machine.change_drive("old", missing.to_str().unwrap(), None);
-    assert!(answer.fault().unwrap().contains("does not exist"), "{answer:?}");
     File::options().write(true).open(machine.path("old.img")).unwrap().set_len(777).unwrap();
     machine.assert_refused(&["drive", "old", "--resize"], &["777 bytes", "truncate"]);
     machine.power_off();

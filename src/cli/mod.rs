@@ -21,6 +21,7 @@ use machine::{CpusSpec, VmConfig};
 use memory::MemorySpec;
 
 use crate::exit::{TABLE, Usage};
+use crate::folders::{Api, Folders};
 use crate::run::RunSpec;
 
 /// Boots an unmodified Linux kernel in a small, isolated machine of its own.
@@ -48,6 +49,10 @@ struct BootArgs {
     /// A Unix socket at which the machine is controlled while it runs, by vmm ctl or as Firecracker is
     #[arg(long, value_name = "PATH", help_heading = "The machine")]
     api_socket: Option<PathBuf>,
+
+    /// A folder whose files may be named at the socket; without it, they are sent as descriptors, as vmm ctl does
+    #[arg(long, value_name = "PATH", requires = "api_socket", help_heading = "The machine")]
+    api_folder: Vec<PathBuf>,
 
     /// What is logged: off, error, warn, info, debug or trace
     #[arg(long, value_name = "LEVEL", default_value = "warn", help_heading = "The log")]
@@ -108,13 +113,15 @@ pub(crate) fn run(start: Instant) -> anyhow::Result<ExitCode> {
     };
     match command {
         None => {
-            let BootArgs { machine, config, api_socket, log_level, log_file } = boot;
+            let BootArgs { machine, config, api_socket, api_folder, log_level, log_file } = boot;
             crate::logger::start(log_level, log_file.as_deref())?;
             let machine = match config {
                 Some(path) => machine.over(file::read(&path)?),
                 None => machine,
             };
-            crate::boot::boot(&machine, api_socket.as_deref(), None, start)
+            let folders = Folders::open(&api_folder)?;
+            let api = api_socket.as_deref().map(|socket| Api { socket, folders });
+            crate::boot::boot(&machine, api, None, start)
         }
         Some(Command::Check { json }) => Ok(crate::check::run(json)),
         Some(Command::Ctl(args)) => ctl::run(&args),
