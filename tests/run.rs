@@ -3,6 +3,8 @@
 mod support;
 
 use std::fs;
+use std::io::{Read as _, Write as _};
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::path::Path;
 use std::rc::Rc;
 
@@ -169,6 +171,47 @@ fn a_command_at_a_terminal_has_one_of_the_same_size_and_ours_is_left_as_it_was()
     pty.screen.wait_for("got words", seen);
     assert_eq!(running.wait().code, Some(3));
     assert_eq!(pty.modes(), before);
+}
+
+/// Listens in the guest, says so, and answers one client; then tries to connect to the address that is its argument.
+const SERVICE: &str = r#"use IO::Socket::INET; $| = 1;
+    my $service = IO::Socket::INET->new(LocalPort => 8000, Listen => 5) or die $!;
+    print "ready\n";
+    my $client = $service->accept; my $line = <$client>; print $client "heard $line"; close $client;
+    my $host = IO::Socket::INET->new(PeerAddr => $ARGV[0], Timeout => 20);
+    print $host ? "connected\n" : "not connected\n";"#;
+
+#[test]
+fn a_published_port_leads_to_the_command_and_this_host_is_out_of_its_reach() {
+    let project = Project::new();
+    let here = |port| TcpListener::bind((Ipv4Addr::LOCALHOST, port)).expect("a port is free");
+    let free = here(0).local_addr().expect("it has a port").port();
+    let private = here(0);
+    let gateway = format!("10.0.2.2:{}", private.local_addr().expect("it has a port").port());
+    let publish = format!("{free}:8000");
+    let words = ["--publish", &publish, "--workdir", "/", "--", "perl", "-e", SERVICE, &gateway];
+    let running = project.vmm("exec \"$@\"", &words).spawn();
+    running.stdout().wait_for("ready", 0);
+    let mut answer = String::new();
+    let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, free)).expect("the port is published");
+    stream.write_all(b"hello\n").and_then(|()| stream.read_to_string(&mut answer)).expect("the command answers");
+    assert_eq!(answer, "heard hello\n");
+    let ended = running.wait();
+    assert_eq!((ended.code, ended.stdout.as_str()), (Some(0), "ready\nnot connected\n"), "{}", ended.stderr);
+    project.assert_clean();
+}
+
+#[test]
+fn a_command_has_an_address_and_a_name_server_or_nothing_but_itself() {
+    let project = Project::new();
+    let script = "cat /etc/resolv.conf; ls /sys/class/net; hostname -i";
+    let ended = project.run(&["--network", "user", "--workdir", "/", "--", "sh", "-c", script]);
+    assert_eq!(ended.stdout, "nameserver 10.0.2.3\neth0\nlo\n10.0.2.15\n", "{}", ended.stderr);
+    let ended = project.run(&["--network", "none", "--workdir", "/", "--", "ls", "/sys/class/net"]);
+    assert_eq!(ended.stdout, "lo\n", "{}", ended.stderr);
+    assert_said(&project.run(&["--network", "none", "-p", "80:80", "--", "true"]), OURS, &["--publish"]);
+    assert_said(&project.run(&["-p", "80", "--", "true"]), OURS, &["HOST:GUEST"]);
+    assert_said(&project.run(&["--network", "host", "--", "true"]), OURS, &["user", "none"]);
 }
 
 #[test]

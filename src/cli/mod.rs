@@ -74,7 +74,7 @@ enum Command {
     /// Controls a machine that runs, through its --api-socket
     Ctl(ctl::CtlArgs),
     /// Runs a command in a machine of its own: vmm run -- make test
-    Run(RunSpec),
+    Run(Box<RunSpec>),
     /// Deals with the kernel that vmm run boots
     #[command(subcommand)]
     Kernel(KernelCommand),

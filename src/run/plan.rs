@@ -8,14 +8,15 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, bail, ensure};
 use boot::KernelSpec;
 use devices::Devices;
 use devices::console::SerialSpec;
 use devices::fs::{Cache, ShareSpec};
+use devices::net::{NetSpec, Publish};
 use devices::vsock::VsockSpec;
 use guest::initramfs::Archive;
-use guest::request::{Exec, Mount, MountFlag, Program, Setup};
+use guest::request::{Address, Exec, Interface, Mount, MountFlag, Program, Setup};
 use machine::{CpusSpec, OnEnd, VmConfig};
 use memory::MemorySpec;
 use rustix::fs::{MemfdFlags, memfd_create};
@@ -28,6 +29,8 @@ static AGENT: &[u8] = include_bytes!(env!("VMM_AGENT"));
 
 /// Major and minor number of `/dev/console`.
 const CONSOLE: (u32, u32) = (5, 1);
+/// The guest's address, in a network of its own.
+const ADDRESS: &str = "10.0.2.15/24";
 /// The folder that a rootfs is mounted to, before it is the root.
 const NEW_ROOT: &str = "/newroot";
 
@@ -59,6 +62,12 @@ pub(crate) struct RunSpec {
     /// Give the command a terminal
     #[arg(short, long)]
     tty: bool,
+    /// What the guest reaches: user (what this host reaches, through passt, but not this host's own 127.0.0.1) or none
+    #[arg(long, value_name = "user|none")]
+    network: Option<Network>,
+    /// A port of this host that leads to the guest; at 127.0.0.1 unless another address is said (can be said again)
+    #[arg(short, long, value_name = "[ADDRESS:]HOST:GUEST[/udp]")]
+    publish: Vec<Publish>,
     /// RAM, 512M unless said
     #[arg(long, value_name = "SIZE[,…]", value_parser = kv::from_str::<MemorySpec>)]
     mem: Option<MemorySpec>,
@@ -71,6 +80,15 @@ pub(crate) struct RunSpec {
     /// The command and its arguments
     #[arg(required = true, last = true, value_name = "COMMAND")]
     command: Vec<String>,
+}
+
+/// What a guest reaches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Network {
+    /// What the host reaches.
+    User,
+    /// Nothing.
+    None,
 }
 
 /// A folder of the host's and where the guest has it.
@@ -147,6 +165,7 @@ impl Plan {
 
         let name = spec.name.clone().unwrap_or_else(|| "vmm-run".into());
         let vsock = VsockSpec { path: folder.vsock(), ..VsockSpec::default() };
+        let net = network(spec)?;
         let machine = VmConfig {
             kernel: Some(spec.kernel.clone().map_or_else(kernel::installed, Ok)?),
             mem: spec.mem.clone(),
@@ -154,7 +173,12 @@ impl Plan {
             initrd: Some(PathBuf::from(format!("/proc/self/fd/{}", initramfs.as_raw_fd()))),
             cmdline: Some("quiet".to_owned().into()),
             serial: Some(kv::from_str::<SerialSpec>(&format!("file,path={}", folder.console().display()))?),
-            devices: Devices { share: root.shares, vsock: vec![vsock], ..Devices::default() },
+            devices: Devices {
+                share: root.shares,
+                vsock: vec![vsock],
+                net: net.clone().into_iter().collect(),
+                ..Devices::default()
+            },
             name: spec.name.clone(),
             on_reboot: Some(OnEnd::Exit),
             on_panic: Some(OnEnd::Exit),
@@ -164,6 +188,8 @@ impl Plan {
         let setup = Setup {
             hostname: name,
             mounts: root.mounts,
+            interfaces: net.iter().filter_map(interface).collect(),
+            nameservers: net.iter().filter_map(|net| Some(net.address?.dns().into())).collect(),
             clock: u64::try_from(clock).unwrap_or_default(),
             ..Setup::default()
         };
@@ -174,6 +200,36 @@ impl Plan {
         let exec = Exec { program, terminal, stdin: spec.interactive };
         Ok(Self { machine, setup, exec, folder, _initramfs: initramfs })
     }
+}
+
+/// The network card, if there is to be one. Without a word, that is where this host has a network itself.
+fn network(spec: &RunSpec) -> anyhow::Result<Option<NetSpec>> {
+    let wanted = spec.network.unwrap_or_else(|| match spec.publish.is_empty() && !host_has_route() {
+        true => Network::None,
+        false => Network::User,
+    });
+    if wanted == Network::None {
+        ensure!(spec.publish.is_empty(), "--publish needs a network: leave out --network none");
+        return Ok(None);
+    }
+    let address = Some(ADDRESS.parse()?);
+    Ok(Some(NetSpec { user: true, address, publish: spec.publish.clone(), ..NetSpec::default() }))
+}
+
+/// Whether this host reaches more than itself (`route(8)`, the columns Destination and Mask).
+fn host_has_route() -> bool {
+    let routes = std::fs::read_to_string("/proc/net/route").unwrap_or_default();
+    routes.lines().skip(1).any(|line| line.split_whitespace().nth(1) == Some("00000000"))
+}
+
+/// The card as the agent sets it up: the host knows what it gave, so nobody has to ask.
+fn interface(net: &NetSpec) -> Option<Interface> {
+    let address = net.address?;
+    Some(Interface {
+        name: "eth0".to_owned(),
+        addresses: vec![Address { ip: address.address().into(), prefix: address.prefix() }],
+        gateways: vec![address.gateway().into()],
+    })
 }
 
 fn environment(spec: &RunSpec) -> Vec<(String, String)> {

@@ -16,6 +16,7 @@ mod control;
 mod counters;
 mod guard;
 mod handler;
+mod ipv4;
 mod mac;
 mod passt;
 mod peer;
@@ -31,6 +32,7 @@ pub(crate) mod tests;
 
 pub use counters::{Counters, Traffic};
 pub use handler::FrameHandler;
+pub use ipv4::Ipv4Net;
 pub use mac::Mac;
 pub use peer::PeerHandler;
 pub use publish::Publish;

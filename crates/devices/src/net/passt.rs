@@ -64,7 +64,8 @@ impl Passt {
         let mut passt = Self { program, arguments, running: None, backoff };
         passt.start().map_err(|error| match error.kind() {
             io::ErrorKind::NotFound => anyhow::anyhow!(
-                "There is no {} in PATH: install it (`apt install passt`), or say tap=NAME instead of user",
+                "There is no {} in PATH: install it (`apt install passt`), or say tap=NAME instead of user (vmm run: \
+                 --network none)",
                 passt.program
             ),
             _ => anyhow::Error::new(error).context(format!("Cannot start {}", passt.program)),
@@ -236,6 +237,17 @@ fn arguments(spec: &NetSpec) -> Vec<String> {
     if let Some(mtu) = spec.mtu {
         arguments.extend(["--mtu".to_owned(), mtu.to_string()]);
     }
+    if let Some(net) = spec.address {
+        arguments.extend(["--ipv4-only", "--no-map-gw"].map(str::to_owned));
+        for (option, value) in [
+            ("--address", net.address().to_string()),
+            ("--netmask", net.prefix().to_string()),
+            ("--gateway", net.gateway().to_string()),
+            ("--dns-forward", net.dns().to_string()),
+        ] {
+            arguments.extend([option.to_owned(), value]);
+        }
+    }
     for publish in &spec.publish {
         let option = if publish.udp { "--udp-ports" } else { "--tcp-ports" };
         let ports = format!("{}/{}:{}", publish.address, publish.host, publish.guest);
@@ -256,6 +268,16 @@ mod tests {
             arguments,
             "--foreground --quiet --fd 0 --mtu 1400 --tcp-ports 127.0.0.1/8080:80 --tcp-ports 0.0.0.0/22:22 \
              --udp-ports 127.0.0.1/53:5353"
+        );
+    }
+
+    #[test]
+    fn an_address_comes_with_its_gateway_and_a_name_server_that_passes_questions_on() {
+        let spec: NetSpec = kv::from_str("user,address=10.0.2.15/24").unwrap();
+        assert_eq!(
+            arguments(&spec).join(" "),
+            "--foreground --quiet --fd 0 --ipv4-only --no-map-gw --address 10.0.2.15 --netmask 24 --gateway 10.0.2.2 \
+             --dns-forward 10.0.2.3"
         );
     }
 }

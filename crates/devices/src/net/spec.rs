@@ -8,7 +8,7 @@ use kv::Size;
 use serde::{Deserialize, Serialize};
 use virtio::Limit;
 
-use super::{Mac, Publish};
+use super::{Ipv4Net, Mac, Publish};
 use crate::Transport;
 
 /// More pairs of queues than any machine of ours has processors.
@@ -48,6 +48,9 @@ pub struct NetSpec {
     pub bridge: Option<String>,
     /// With `user`: ports of the host that lead to the guest, [ADDRESS:]HOST:GUEST[/udp]; 127.0.0.1 unless said
     pub publish: Vec<Publish>,
+    /// With `user`: the guest's IPv4 address, such as 10.0.2.15/24, in a network where the gateway is number 2 and the DNS
+    /// server number 3. Without it, it is the host's own, and the gateway's leads to the host's 127.0.0.1
+    pub address: Option<Ipv4Net>,
     /// Frames from the guest with another MAC address than the card's are dropped
     pub antispoof: bool,
     /// The guest's IP addresses: frames from any other are dropped, too, and all that is neither ARP nor IP
@@ -167,6 +170,9 @@ impl NetSpec {
         if !self.publish.is_empty() && !self.user {
             bail!("{id}: publish= is for user: say that, or forward the port on the host");
         }
+        if !self.user && self.address.is_some() {
+            bail!("{id}: address= is for user: say that, or give the guest its address in the guest");
+        }
         if self.vhost == Vhost::On && (self.user || self.vhost_user.is_some()) {
             bail!("{id}: vhost=on is for a tap: drop it");
         }
@@ -255,6 +261,7 @@ mod tests {
             ("fd=3,queues=2", "tap=NAME"),
             ("user,bridge=br0", "tap=NAME"),
             ("tap0,publish=80:80", "user"),
+            ("tap0,address=10.0.2.15/24", "user"),
             ("user,vhost=on", "drop it"),
             ("vhost-user=/run/switch,vhost=on", "drop it"),
             ("vhost-user=/run/switch,antispoof", "drop them"),
