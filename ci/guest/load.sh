@@ -29,7 +29,7 @@ stream() {
     echo "begin $name"
     iperf3 -c 10.9.0.1 -n "$amount" -J "$@" |
         awk -v name="$name" '/"sum_received"/ { found = 1 }
-            found && /bits_per_second/ { printf "%s = %.0f\n", name, $2; exit }'
+            found && /bits_per_second/ { sub(",", "", $2); print name, "=", $2; exit }'
 }
 
 # Nanoseconds of a request and its response: respond NAME COUNT

@@ -39,7 +39,7 @@ const TICK: u64 = 4_000_000;
 const PHASES: u64 = 8;
 
 /// How often a run may come to nothing.
-const CHANCES: usize = 3;
+const CHANCES: usize = 6;
 
 /// What `cargo xtask bench inside` takes.
 #[derive(clap::Args)]
@@ -58,7 +58,7 @@ pub(super) struct Plan {
     /// Commands that run for as long as there is something to measure.
     pub(super) services: Vec<Vec<String>>,
     pub(super) runs: Vec<Run>,
-    /// Leave out the runs that fail, and say so on stderr.
+    /// Try runs that fail again, leave out those that fail for good, and say so on stderr.
     pub(super) tolerant: bool,
 }
 
@@ -99,10 +99,14 @@ impl Plan {
         for _ in 1..CHANCES {
             match self.carry_out_together(host) {
                 Ok(measured) => return Ok(measured),
-                Err(error) => eprintln!("Once more, because: {error:#}"),
+                Err(error) => eprintln!("{} once more, because: {error:#}", self.names()),
             }
         }
         self.carry_out_together(host)
+    }
+
+    fn names(&self) -> String {
+        self.runs.iter().map(|run| run.name.as_str()).collect::<Vec<_>>().join("; ")
     }
 
     /// As [`Plan::carry_out`], all runs in one emulated host, one after the other, and once.
@@ -188,13 +192,23 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     thread::sleep(SETTLED);
     let mut measured = BTreeMap::new();
     for run in &plan.runs {
-        let result = match &run.measure {
-            Measure::Time { code } => time(run, folder, *code),
-            Measure::Memory { line, ram } => memory(run, folder, line, *ram),
-            Measure::Lines { code, limit } => lines(run, folder, *code, *limit),
-            Measure::Until { text, limit } => until(run, folder, text, *limit),
+        let measure = || {
+            match &run.measure {
+                Measure::Time { code } => time(run, folder, *code),
+                Measure::Memory { line, ram } => memory(run, folder, line, *ram),
+                Measure::Lines { code, limit } => lines(run, folder, *code, *limit),
+                Measure::Until { text, limit } => until(run, folder, text, *limit),
+            }
+            .with_context(|| format!("Cannot measure {}", run.name))
         };
-        match result.with_context(|| format!("Cannot measure {}", run.name)) {
+        let mut result = measure();
+        for _ in 1..CHANCES {
+            if let Some(error) = result.as_ref().err().filter(|_| plan.tolerant) {
+                eprintln!("Once more, because: {error:#}");
+                result = measure();
+            }
+        }
+        match result {
             Ok(result) => drop(measured.insert(&run.name, result)),
             Err(error) if plan.tolerant => eprintln!("{error:#}"),
             Err(error) => return Err(error),

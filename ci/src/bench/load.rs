@@ -54,11 +54,11 @@ pub(super) const NET: [Load; 3] = [
     Load { name: "network, request and response", kind: Kind::Respond, asked: 1.0, amount: 200 },
 ];
 
-/// What the guest is told, for `scale` times the amounts.
-pub(super) fn script(loads: &[&Load], scale: u64) -> String {
+/// What the guest is told.
+pub(super) fn script(loads: &[&Load]) -> String {
     let commands = loads.iter().flat_map(|load| {
         [("short", 1), ("long", LONGER)].map(|(run, times)| {
-            let (tag, amount) = (format!("{}-{run}", load.tag()), load.amount * times * scale);
+            let (tag, amount) = (format!("{}-{run}", load.tag()), load.amount * times);
             match load.kind {
                 Kind::Disk(mode, block, depth) => format!("disk {tag} {mode} {block}k {depth} {}k", amount * block),
                 Kind::Send => format!("stream {tag} {amount}M"),
@@ -80,8 +80,8 @@ impl Load {
         }
     }
 
-    /// What the guest's lines say of this load, at `scale` times the amounts; nothing if they do not name it.
-    pub(super) fn figure(&self, lines: &[Line], scale: u64) -> Result<Option<Figure>> {
+    /// What the guest's lines say of this load; nothing if they do not name it.
+    pub(super) fn figure(&self, lines: &[Line]) -> Result<Option<Figure>> {
         let Some((_, short)) = outcome(lines, &format!("{}-short", self.tag()))? else { return Ok(None) };
         let Some((value, long)) = outcome(lines, &format!("{}-long", self.tag()))? else { return Ok(None) };
         let nanoseconds = match self.kind {
@@ -91,7 +91,7 @@ impl Load {
         };
         #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "it is positive and far from 2^53")]
         let nanoseconds = nanoseconds.round() as u64;
-        let exits = long.saturating_sub(short) * 1000 / ((LONGER - 1) * self.amount * scale);
+        let exits = long.saturating_sub(short) * 1000 / ((LONGER - 1) * self.amount);
         Ok(Some(Figure { nanoseconds, exits }))
     }
 
@@ -133,28 +133,27 @@ mod tests {
             ("begin randread4-32-long", 5000),
             ("randread4-32-long = 20000.5", 12_096),
         ]);
-        let figure = DISK[0].figure(&all, 1).unwrap().unwrap();
+        let figure = DISK[0].figure(&all).unwrap().unwrap();
         assert_eq!((figure.nanoseconds, figure.exits), (49_999, 2000));
-        assert_eq!(DISK[0].figure(&all, 2).unwrap().unwrap().exits, 1000);
     }
 
     #[test]
     fn a_load_that_the_guest_did_not_end_has_no_figure() {
         let begun = lines(&[("begin send-short", 1), ("send-short = 8", 2), ("begin send-long", 3)]);
-        assert!(NET[0].figure(&begun, 1).unwrap().is_none());
+        assert!(NET[0].figure(&begun).unwrap().is_none());
     }
 
     #[test]
     fn a_tool_that_failed_in_the_guest_is_an_error() {
         let failed = lines(&[("begin respond-short", 1), ("respond-short = ", 2)]);
-        assert!(NET[2].figure(&failed, 1).is_err());
+        assert!(NET[2].figure(&failed).is_err());
         let nothing = lines(&[("begin send-short", 1), ("send-short = 0", 2)]);
-        assert!(NET[0].figure(&nothing, 1).is_err());
+        assert!(NET[0].figure(&nothing).is_err());
     }
 
     #[test]
     fn every_load_fits_on_the_kernel_s_command_line() {
         let all: Vec<&Load> = DISK.iter().chain(&NET).collect();
-        assert!(script(&all, 1000).len() < 1900);
+        assert!(script(&all).len() < 1900);
     }
 }

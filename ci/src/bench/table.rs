@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use anyhow::{Context, Result};
 
 use super::inside::Measured;
-use super::io::{REAL_TIME_SCALE, VHOST, loads, run_name};
+use super::io::{VHOST, loads, run_name};
 use super::load::Figure;
 use super::record::ratio;
 
@@ -19,7 +19,7 @@ pub(super) fn figures(measured: &BTreeMap<String, Measured>, whose: &str) -> Res
         let Some(measured) = measured.get(&run_name(whose, vhost)) else { continue };
         for load in loads(vhost) {
             let name = run_name(load.name, vhost);
-            let figure = load.figure(&measured.lines, 1);
+            let figure = load.figure(&measured.lines);
             if let Some(figure) = figure.with_context(|| format!("{whose}: {name}"))? {
                 figures.insert(name, figure);
             }
@@ -35,7 +35,7 @@ pub(super) fn medians(measured: &BTreeMap<String, Measured>, whose: &str) -> Res
         let Some((_, name)) = name.split_once(' ') else { continue };
         let vhost = if name.ends_with(VHOST) { "on" } else { "off" };
         for load in loads(vhost).into_iter().filter(|_| name == run_name(whose, vhost)) {
-            all.entry(run_name(load.name, vhost)).or_default().extend(load.figure(&measured.lines, REAL_TIME_SCALE)?);
+            all.entry(run_name(load.name, vhost)).or_default().extend(load.figure(&measured.lines)?);
         }
     }
     let middle = |mut figures: Vec<Figure>| {
