@@ -137,13 +137,14 @@ fn find(name: &str, path: &str, cwd: &Path) -> Result<PathBuf, NotStarted> {
     Err(NotStarted::new(kind, format!("{what} {name} in {path}")))
 }
 
-/// Has the program lead a session of its own, with a terminal if it has one, as `user` if there is one.
+/// Has the program heed its signals, and lead a session of its own, with a terminal if it has one, as `user` if there is one.
 fn become_the_user(command: &mut Command, user: Option<User>, terminal: bool) {
     let user = user.map(|user| {
         let groups: Vec<Gid> = user.groups.into_iter().map(Gid::from_raw).collect();
         (Uid::from_raw(user.uid), Gid::from_raw(user.gid), groups)
     });
     sys::before_exec(command, move || -> io::Result<()> {
+        sys::heed_signals();
         rustix::process::setsid()?;
         if terminal {
             rustix::process::ioctl_tiocsctty(rustix::stdio::stdin())?;

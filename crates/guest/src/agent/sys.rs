@@ -52,6 +52,15 @@ pub(crate) fn before_exec(command: &mut Command, prepare: impl FnMut() -> io::Re
     unsafe { command.pre_exec(prepare) };
 }
 
+/// Has the signals that a parent can have ignored do what they do by themselves. A shell could not even handle them
+/// otherwise.
+pub(crate) fn heed_signals() {
+    for signal in [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT, libc::SIGPIPE, libc::SIGTERM, libc::SIGCHLD] {
+        // SAFETY: no handler is set, and every one of them can have its default.
+        unsafe { libc::signal(signal, libc::SIG_DFL) };
+    }
+}
+
 /// A vsock stream socket that nobody else has.
 fn vsock_socket() -> io::Result<OwnedFd> {
     // SAFETY: no memory is passed.
