@@ -4,20 +4,19 @@ mod support;
 
 use std::fs;
 use std::io::{Read, Write};
-use std::net::{Ipv4Addr, TcpListener, TcpStream, UdpSocket};
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::path::PathBuf;
 use std::process::Command;
 
 use support::asset;
 use support::guest::Guest;
 use support::machine::MIB;
+use support::names::{ANSWER, with_name_server};
 use support::process::Vmm;
 use tempfile::TempDir;
 
 /// What is typed at root's shell, so that it listens as [`Guest`] expects.
 const LISTEN: &str = r#"stty -echo;echo R''EADY 0 0;while read -r l;do eval "$l";echo =$?=;done"#;
-/// What the name server of the tests answers.
-const ANSWER: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 77);
 const NAME: &str = "service.example";
 
 /// Boots Debian from an overlay over its image, by `wrapper`, and logs in.
@@ -42,40 +41,14 @@ fn text(path: PathBuf) -> String {
     path.into_os_string().into_string().expect("temporary files have names of ASCII letters")
 }
 
-/// Answers questions of the name system (RFC 1035, section 4) at a port of the host's: every name has one address.
-fn name_server() -> UdpSocket {
-    const HEADER: usize = 12;
-    let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 53)).expect("nobody else serves names here");
-    let server = socket.try_clone().expect("there is room for a descriptor");
-    std::thread::spawn(move || {
-        let mut packet = [0; 512];
-        while let Ok((length, peer)) = server.recv_from(&mut packet) {
-            let question = &packet[HEADER.min(length)..length];
-            let Some(end) = question.iter().position(|byte| *byte == 0) else { continue };
-            let Some(question) = question.get(..end + 5) else { continue };
-            let is_address = question[end + 1..end + 3] == [0, 1];
-            let mut answer =
-                [&packet[..2], &[0x81, 0x80, 0, 1, 0, u8::from(is_address), 0, 0, 0, 0], question].concat();
-            if is_address {
-                answer.extend([0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 60, 0, 4]);
-                answer.extend(ANSWER.octets());
-            }
-            server.send_to(&answer, peer).expect("the guest listens");
-        }
-    });
-    socket
-}
-
 #[test]
 fn debian_comes_up_whole_with_a_network_and_serves_a_published_port() {
     let folder = tempfile::tempdir().expect("there is room for files");
-    let _server = name_server();
-    let resolver = folder.path().join("resolv.conf");
-    fs::write(&resolver, "nameserver 127.0.0.1\n").expect("there is room for files");
-    let script = format!("mount --bind {} /etc/resolv.conf && exec \"$@\"", text(resolver));
+    let wrapper = with_name_server(folder.path());
+    let wrapper: Vec<&str> = wrapper.iter().map(String::as_str).collect();
     let free = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).and_then(|listener| listener.local_addr()).expect("a port");
     let net = format!("user,publish={}:80", free.port());
-    let mut guest = boot(&folder, &["unshare", "--mount", "sh", "-c", &script, "sh"], &["--net", &net]);
+    let mut guest = boot(&folder, &wrapper, &["--net", &net]);
 
     assert_eq!(guest.ask("systemctl is-system-running --wait"), "running");
     assert_eq!(guest.ask("systemctl --failed --no-legend"), "");

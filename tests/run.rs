@@ -9,6 +9,7 @@ use std::path::Path;
 use std::rc::Rc;
 
 use rustix::process::Signal;
+use support::names::{ANSWER, with_name_server};
 use support::process::{Ended, Vmm};
 use support::pty::Pty;
 use support::{asset, vmm};
@@ -204,9 +205,14 @@ fn a_published_port_leads_to_the_command_and_this_host_is_out_of_its_reach() {
 #[test]
 fn a_command_has_an_address_and_a_name_server_or_nothing_but_itself() {
     let project = Project::new();
-    let script = "cat /etc/resolv.conf; ls /sys/class/net; hostname -i";
-    let ended = project.run(&["--network", "user", "--workdir", "/", "--", "sh", "-c", script]);
-    assert_eq!(ended.stdout, "nameserver 10.0.2.3\neth0\nlo\n10.0.2.15\n", "{}", ended.stderr);
+    let mut wrapper = with_name_server(project.folder.path());
+    // The script is one word of the shell's.
+    wrapper[4] = format!("'{}'", wrapper[4]);
+    let script = "cat /etc/resolv.conf; ls /sys/class/net; hostname -i; getent ahostsv4 service.example";
+    let words = ["--network", "user", "--workdir", "/", "--", "sh", "-c", script];
+    let ended = project.vmm(&format!("exec {} \"$@\"", wrapper.join(" ")), &words).run();
+    let expected = format!("nameserver 10.0.2.3\neth0\nlo\n10.0.2.15\n{ANSWER} ");
+    assert!(ended.stdout.starts_with(&expected), "{ended:?}");
     let ended = project.run(&["--network", "none", "--workdir", "/", "--", "ls", "/sys/class/net"]);
     assert_eq!(ended.stdout, "lo\n", "{}", ended.stderr);
     assert_said(&project.run(&["--network", "none", "-p", "80:80", "--", "true"]), OURS, &["--publish"]);

@@ -9,6 +9,7 @@ pub(crate) mod devices;
 pub(crate) mod elf;
 pub(crate) mod guest;
 pub(crate) mod machine;
+pub(crate) mod names;
 pub(crate) mod packet;
 pub(crate) mod process;
 pub(crate) mod pty;
