@@ -27,7 +27,7 @@ const ANY_KVM: [&str; 4] = ["bad_devices", "bad_input", "control", "tiny"];
 /// Those whose guests have several processors: on one processor a guest's wait for each other, and for nothing else.
 const SEVERAL_PROCESSORS: [&str; 1] = ["smp"];
 /// Those that take minutes.
-const LONGEST: [&str; 3] = ["devices", "run", "console"];
+const LONGEST: [&str; 5] = ["devices", "run", "host", "debian", "crash"];
 /// How many tests that boot guests run at a time in one executable: each guest keeps a processor busy.
 const BOOTING_TESTS: &str = "--test-threads=1";
 
@@ -72,9 +72,10 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
             };
             Job { second_chance: place.is_emulated(), place, executable, of_vmm: of_vmm.clone() }
         };
+        let mut jobs: Vec<_> = booting.into_iter().map(job).chain(own.into_iter().map(own_job)).collect();
         // What takes longest goes first.
-        booting.sort_by_key(|executable| !LONGEST.contains(&executable.name.as_str()));
-        let jobs: Vec<_> = booting.into_iter().map(job).chain(own.into_iter().map(own_job)).collect();
+        let place = |job: &Job<'_>| LONGEST.iter().position(|name| *name == job.executable.name);
+        jobs.sort_by_key(|job| place(job).unwrap_or(LONGEST.len()));
         tally.run(&jobs, args)?;
     }
     Ok(tally.close())
