@@ -249,6 +249,15 @@ fn a_file_that_is_named_lies_in_a_folder_that_was_allowed() {
     symlink("in/image", allowed.join("inner")).unwrap();
     File::create(allowed.join("in/image")).unwrap().set_len(MIB).unwrap();
     assert_eq!(change(&allowed.join("inner")).status, 204);
+    // What a file that was sent is called does not become a path that may be opened.
+    let third = machine.path("third.img");
+    let sent = File::options().read(true).write(true).create_new(true).open(machine.path("sent.img")).unwrap();
+    sent.set_len(MIB).unwrap();
+    File::create(&third).unwrap().set_len(MIB).unwrap();
+    assert_eq!(machine.change_drive("old", third.to_str().unwrap(), Some(&sent)).status, 204);
+    assert_eq!(change(&third).status, 204);
+    try_disk(&third).assert(0, "the guest powered off");
+    try_disk(&machine.path("sent.img")).assert_refused(&["locked"]);
     // The one that is in the drive need not be opened again.
     assert_eq!(machine.change_drive("other", other.to_str().unwrap(), None).status, 204);
     let lone = Code::default().power_off().halt().kernel(&[]);

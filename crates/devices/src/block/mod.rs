@@ -26,7 +26,6 @@ pub use handler::BlockHandler;
 pub use spec::{BlockSpec, Cache, EngineSpec, Format, OnFull, Opened};
 pub(crate) use sys::{lock, reserve};
 
-use std::fs;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::sync::Arc;
@@ -137,11 +136,11 @@ impl Block {
         self.change_medium(&new, handler)
     }
 
-    /// Whether an image is the one in the drive: the same file, whatever it is called now.
+    /// Whether an image is the one in the drive: the same file, whatever it is called now. Who sends no file means the one
+    /// that is in there by its name, which need not be a path: nothing is opened because of it.
     fn holds(&self, path: &Path, opened: Option<&Opened>) -> bool {
-        let new = opened.map_or_else(|| fs::metadata(path), |opened| opened.0.metadata());
-        match (&*self.image, new) {
-            (Image::Raw(raw), Ok(new)) => {
+        match (&*self.image, opened.map(|opened| opened.0.metadata())) {
+            (Image::Raw(raw), Some(Ok(new))) => {
                 raw.file.metadata().is_ok_and(|old| (old.dev(), old.ino()) == (new.dev(), new.ino()))
             }
             _ => path == self.spec.path,

@@ -23,15 +23,19 @@ fn the_image_in_the_drive_is_known_again_whatever_it_is_called_and_however_it_co
     let mut block = Block::open(&spec(path.clone())).unwrap();
     let file = OpenOptions::new().read(true).write(true).open(&path).unwrap();
     let opened = Opened(Arc::new(file.try_clone().unwrap()));
-    for (size, name, opened) in [(2, &path, None), (3, &link, None), (4, &folder.path().join("x"), Some(opened))] {
+    let x = folder.path().join("x");
+    for (size, name, opened) in [(2, &path, None), (3, &link, Some(opened.clone())), (4, &x, Some(opened))] {
         file.set_len(size * SIZE).unwrap();
         block.change(name, opened, None).unwrap();
         assert_eq!((block.capacity, &block.spec().path), (size * SIZE, &path));
     }
-    // Another file of the same name is another medium.
+    // Another file of the same name is another medium, for who sends it.
     fs::remove_file(&path).unwrap();
     raw_image(&folder, 5 * SIZE);
     block.change(&path, None, None).unwrap();
+    assert_eq!(block.capacity, 4 * SIZE);
+    let other = OpenOptions::new().read(true).write(true).open(&path).unwrap();
+    block.change(&path, Some(Opened(Arc::new(other))), None).unwrap();
     assert_eq!(block.capacity, 5 * SIZE);
 }
 
