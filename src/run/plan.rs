@@ -216,7 +216,7 @@ fn network(spec: &RunSpec) -> anyhow::Result<Option<NetSpec>> {
     Ok(Some(NetSpec { user: true, address, publish: spec.publish.clone(), ..NetSpec::default() }))
 }
 
-/// Whether this host reaches more than itself (`route(8)`, the columns Destination and Mask).
+/// Whether this host has a default route for IPv4 (`/proc/net/route`: the second column is the destination).
 fn host_has_route() -> bool {
     let routes = std::fs::read_to_string("/proc/net/route").unwrap_or_default();
     routes.lines().skip(1).any(|line| line.split_whitespace().nth(1) == Some("00000000"))
