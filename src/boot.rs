@@ -22,7 +22,7 @@ use crate::consoles::{Consoles, EventLoop};
 use crate::exit::{Usage, code_of_outcome, code_of_signal};
 use crate::folders::{Api, Folders};
 use crate::run::Session;
-use crate::signals::Signals;
+use crate::signals::{PASSED_ON, Signals};
 use crate::trim;
 
 /// How long a guest has to power off after its power button was pressed.
@@ -163,7 +163,8 @@ impl<'a> MainLoop<'a> {
         let quit = Arc::new(AtomicBool::new(false));
         let asked = quit.clone();
         let consoles = Consoles::open(config, move || asked.store(true, Ordering::Relaxed))?;
-        let signals = Signals::block().context("Cannot receive signals")?;
+        let others: &[i32] = if session.is_some() { &PASSED_ON } else { &[] };
+        let signals = Signals::block(others).context("Cannot receive signals")?;
         kvm::install_kick_handler()?;
         let signals = Rc::new(RefCell::new(signals));
         let ended = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).context("Cannot make an eventfd")?;
@@ -228,8 +229,12 @@ impl<'a> MainLoop<'a> {
                 }
             }
             signal => {
-                if self.passed_on < MOST_PASSED_ON && self.session.is_some_and(|session| session.signal(signal)) {
-                    self.passed_on += 1;
+                // Those that ask to end lose their patience with a command that does not; the others are its own business.
+                let asks_to_end = [libc::SIGTERM, libc::SIGINT].contains(&signal);
+                if (self.passed_on < MOST_PASSED_ON || !asks_to_end)
+                    && self.session.is_some_and(|session| session.signal(signal))
+                {
+                    self.passed_on += u32::from(asks_to_end);
                     return Ok(None);
                 }
                 let signal = u8::try_from(signal).expect("signals have small numbers");
@@ -271,7 +276,7 @@ impl<'a> MainLoop<'a> {
 }
 
 /// Wakes the loop up, once for each event where the descriptor is a semaphore; what for is seen elsewhere.
-struct Wake(EventFd);
+pub(crate) struct Wake(pub(crate) EventFd);
 
 impl MutEventSubscriber for Wake {
     fn init(&mut self, ops: &mut EventOps<'_>) {

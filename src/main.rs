@@ -8,6 +8,7 @@ mod consoles;
 mod exit;
 mod folders;
 mod logger;
+mod machines;
 mod run;
 mod signals;
 mod trim;

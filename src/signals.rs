@@ -11,22 +11,25 @@ use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 /// The signals that the main loop handles itself.
 const HANDLED: [i32; 6] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGTSTP, libc::SIGCONT, libc::SIGWINCH];
 
-/// Those of [`HANDLED`] that have arrived. Two of one kind may count as one.
+/// Those that a command can make something of, and that end a machine without one.
+pub(crate) const PASSED_ON: [i32; 3] = [libc::SIGQUIT, libc::SIGUSR1, libc::SIGUSR2];
+
+/// Those of [`HANDLED`] and others that have arrived. Two of one kind may count as one.
 pub(crate) struct Signals {
     file: File,
     arrived: Vec<i32>,
 }
 
 impl Signals {
-    /// Takes the signals away from their default actions, for this thread and all that it starts.
-    pub(crate) fn block() -> io::Result<Self> {
+    /// Takes the signals, and `others`, away from their default actions, for this thread and all that it starts.
+    pub(crate) fn block(others: &[i32]) -> io::Result<Self> {
         // SAFETY: a signal set is plain bits; sigemptyset gives it its first value.
         let mut set: libc::sigset_t = unsafe { std::mem::zeroed() };
         // SAFETY: the set is valid for the call.
         unsafe { libc::sigemptyset(&raw mut set) };
-        for signal in HANDLED {
+        for signal in HANDLED.iter().chain(others) {
             // SAFETY: the set is valid for the call, and the signal exists.
-            unsafe { libc::sigaddset(&raw mut set, signal) };
+            unsafe { libc::sigaddset(&raw mut set, *signal) };
         }
         // SAFETY: the set is valid for the call, and nobody asks for the old one.
         match unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, ptr::null_mut()) } {

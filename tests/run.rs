@@ -6,62 +6,13 @@ use std::fs;
 use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::path::Path;
-use std::rc::Rc;
 
 use rustix::process::Signal;
 use support::names::{ANSWER, with_name_server};
-use support::process::{Ended, Vmm};
+use support::process::Vmm;
+use support::project::{OURS, Project, assert_said};
 use support::pty::Pty;
 use support::{asset, vmm};
-use tempfile::TempDir;
-
-/// What is the command's own business is told by its exit code; everything else by this one.
-const OURS: i32 = 125;
-
-/// A folder to run in, and one for the files of a run.
-struct Project {
-    folder: Rc<TempDir>,
-}
-
-impl Project {
-    fn new() -> Self {
-        let folder = Rc::new(tempfile::tempdir().expect("there is room for files"));
-        for name in ["here", "runtime"] {
-            fs::create_dir(folder.path().join(name)).expect("there is room for files");
-        }
-        Self { folder }
-    }
-
-    fn path(&self, name: &str) -> String {
-        self.folder.path().join(name).into_os_string().into_string().expect("a path of text")
-    }
-
-    /// `vmm run` with the small kernel in the project's folder; `script` is what a shell there does with it as `"$@"`.
-    fn vmm(&self, script: &str, arguments: &[&str]) -> Vmm {
-        let kernel = asset("small-vmlinux").into_os_string().into_string().expect("a path of text");
-        let words = [&["run", "--kernel", &kernel], arguments].concat();
-        let script = format!("cd {} && {script}", self.path("here"));
-        let runtime = format!("XDG_RUNTIME_DIR={}", self.path("runtime"));
-        Vmm::new(words).with(&self.folder).by(&["env", &runtime, "sh", "-c", &script, "sh"])
-    }
-
-    fn run(&self, arguments: &[&str]) -> Ended {
-        self.vmm("exec \"$@\"", arguments).run()
-    }
-
-    /// Nothing of a run is left.
-    fn assert_clean(&self) {
-        let left: Vec<_> = fs::read_dir(self.path("runtime")).expect("it is there").collect();
-        assert!(left.is_empty(), "{left:?}");
-    }
-}
-
-/// Asserts on the code and on one line of ours on standard error.
-fn assert_said(ended: &Ended, code: i32, words: &[&str]) {
-    assert_eq!((ended.code, ended.stdout.as_str()), (Some(code), ""), "{ended:?}");
-    let line = ended.stderr.strip_prefix("vmm run: ").unwrap_or_else(|| panic!("{ended:?}"));
-    assert!(line.trim_end().lines().count() == 1 && words.iter().all(|word| line.contains(word)), "{ended:?}");
-}
 
 #[test]
 fn a_command_has_the_host_s_programs_its_folder_and_nothing_secret() {

@@ -22,6 +22,7 @@ use memory::MemorySpec;
 
 use crate::exit::{TABLE, Usage};
 use crate::folders::{Api, Folders};
+use crate::machines;
 use crate::run::RunSpec;
 
 /// Boots an unmodified Linux kernel in a small, isolated machine of its own.
@@ -75,6 +76,24 @@ enum Command {
     Ctl(ctl::CtlArgs),
     /// Runs a command in a machine of its own: vmm run -- make test
     Run(Box<RunSpec>),
+    /// Shows the machines of vmm run
+    Ps(machines::PsArgs),
+    /// Shows what the command of a detached machine wrote
+    Logs(machines::LogsArgs),
+    /// Runs one more command in a machine: vmm exec -it NAME sh
+    Exec(machines::ExecArgs),
+    /// Copies files and folders into a machine or out of it: vmm cp NAME:/etc/hosts .
+    Cp(machines::CopyArgs),
+    /// Ends machines in order
+    Stop(machines::StopArgs),
+    /// Ends machines at once, or sends their commands a signal
+    Kill(machines::KillArgs),
+    /// Waits until machines have ended, and prints their exit codes
+    Wait(machines::WaitArgs),
+    /// Removes what is left of machines that have ended
+    Rm(machines::RmArgs),
+    /// Shows what machines use, also to Prometheus
+    Stats(machines::StatsArgs),
     /// Deals with the kernel that vmm run boots
     #[command(subcommand)]
     Kernel(KernelCommand),
@@ -105,11 +124,13 @@ pub(crate) fn run(start: Instant) -> anyhow::Result<ExitCode> {
             return Ok(ExitCode::SUCCESS);
         }
         // Every code but this may be the command's own.
-        Err(error) if std::env::args_os().nth(1).is_some_and(|verb| verb == "run") => {
-            eprintln!("vmm run: {}", one_line(&error));
-            return Ok(ExitCode::from(crate::run::OURS));
-        }
-        Err(error) => return Err(one_line(&error).into()),
+        Err(error) => match std::env::args_os().nth(1) {
+            Some(verb) if verb == "run" || verb == "exec" => {
+                eprintln!("vmm {}: {}", verb.display(), one_line(&error));
+                return Ok(ExitCode::from(crate::run::OURS));
+            }
+            _ => return Err(one_line(&error).into()),
+        },
     };
     match command {
         None => {
@@ -129,6 +150,15 @@ pub(crate) fn run(start: Instant) -> anyhow::Result<ExitCode> {
             crate::logger::start(LevelFilter::Warn, None)?;
             Ok(crate::run::run(&spec, start))
         }
+        Some(Command::Ps(args)) => args.run(),
+        Some(Command::Logs(args)) => args.run(),
+        Some(Command::Exec(args)) => Ok(args.run()),
+        Some(Command::Cp(args)) => args.run(),
+        Some(Command::Stop(args)) => args.run(),
+        Some(Command::Kill(args)) => args.run(),
+        Some(Command::Wait(args)) => args.run(),
+        Some(Command::Rm(args)) => args.run(),
+        Some(Command::Stats(args)) => args.run(),
         Some(Command::Kernel(KernelCommand::Install { path })) => {
             println!("vmm run boots {} now", crate::run::kernel::install(&path)?.display());
             Ok(ExitCode::SUCCESS)

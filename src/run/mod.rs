@@ -4,9 +4,9 @@
 //! RunSpec ──▶ Plan: machine, set-up, command ──▶ boot ──▶ agent connects ──▶ Session: streams, signals, exit code
 //! ```
 //!
-//! Left out so far: OCI images, disks as roots, kernels with modules, and machines in the background.
+//! Left out so far: OCI images, disks as roots, and kernels with modules.
 
-mod folder;
+mod behind;
 pub(crate) mod kernel;
 mod plan;
 mod session;
@@ -16,8 +16,9 @@ mod userland;
 use std::process::ExitCode;
 use std::time::Instant;
 
-pub(crate) use plan::RunSpec;
-pub(crate) use session::Session;
+pub(crate) use plan::{RunSpec, Variable, environment};
+pub(crate) use session::{NotStarted, Session, clean};
+pub(crate) use terminal::size as terminal_size;
 
 use plan::Plan;
 
@@ -26,28 +27,42 @@ pub(crate) const OURS: u8 = 125;
 
 /// Runs the command. Returns its exit code, or 125, 126 or 127 where it did not come to run.
 pub(crate) fn run(spec: &RunSpec, start: Instant) -> ExitCode {
-    match try_run(spec, start) {
-        Ok(code) => code,
-        Err(error) => {
-            eprintln!("vmm run: {error:#}");
-            ExitCode::from(OURS)
-        }
-    }
+    let code = if spec.detach && !spec.behind { behind::start() } else { try_run(spec, start) };
+    code.unwrap_or_else(|error| {
+        eprintln!("vmm run: {error:#}");
+        ExitCode::from(code_of(&error))
+    })
+}
+
+/// The exit code for a command that did not come to its end.
+pub(crate) fn code_of(error: &anyhow::Error) -> u8 {
+    error.downcast_ref::<NotStarted>().map_or(OURS, |error| error.code)
 }
 
 fn try_run(spec: &RunSpec, start: Instant) -> anyhow::Result<ExitCode> {
-    let plan = Plan::of(spec)?;
-    let session = Session::listen(&plan)?;
+    let mut plan = Plan::of(spec)?;
+    let session = if spec.behind { behind::session(&plan)? } else { Session::listen(&plan)? };
     let machine = crate::boot::boot(&plan.machine, None, Some(&session), start);
-    let console = plan.folder.last_console_lines();
+    let console = plan.folder.files().last_console_lines();
     let ended = session.finish();
+    if spec.behind && !spec.rm && session.has_started() {
+        plan.folder.keep();
+    }
     let trouble = match (machine, ended) {
-        (_, Some(Ok(code))) => return Ok(ExitCode::from(code)),
+        (_, Some(Ok(code))) => {
+            plan.folder.ended(code, None)?;
+            return Ok(ExitCode::from(code));
+        }
         // A signal has ended it, which has been said.
-        (Ok(code), None) => return Ok(code),
-        (_, Some(Err(error))) => error,
-        (Err(error), None) => error,
+        (Ok(code), None) => {
+            plan.folder.ended(OURS, Some("a signal has ended the machine".to_owned()))?;
+            return Ok(code);
+        }
+        (_, Some(Err(error))) | (Err(error), None) => error,
     };
-    eprint!("{console}");
+    if !trouble.is::<NotStarted>() {
+        eprint!("{console}");
+    }
+    plan.folder.ended(code_of(&trouble), Some(format!("{trouble:#}")))?;
     Err(trouble)
 }

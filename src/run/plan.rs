@@ -21,8 +21,8 @@ use machine::{CpusSpec, OnEnd, VmConfig};
 use memory::MemorySpec;
 use rustix::fs::{MemfdFlags, memfd_create};
 
-use super::folder::Folder;
 use super::{kernel, terminal, userland};
+use crate::machines::{Folder, Record};
 
 /// The guest's PID 1, which `build.rs` has built.
 static AGENT: &[u8] = include_bytes!(env!("VMM_AGENT"));
@@ -74,9 +74,18 @@ pub(crate) struct RunSpec {
     /// Processors, 1 unless said
     #[arg(long, value_name = "N[,…]", value_parser = kv::from_str::<CpusSpec>)]
     cpus: Option<CpusSpec>,
-    /// The machine's name, which is its host name too
+    /// The machine's name, by which other commands know it, and its host name
     #[arg(long)]
     name: Option<String>,
+    /// Print the machine's name when the command runs, and leave it running: see vmm ps, logs, exec, stop
+    #[arg(short, long, conflicts_with_all = ["interactive", "tty"])]
+    pub(super) detach: bool,
+    /// Leave nothing of a detached machine when it has ended
+    #[arg(long)]
+    pub(super) rm: bool,
+    /// This is the process of a detached machine
+    #[arg(long, hide = true)]
+    pub(super) behind: bool,
     /// The command and its arguments
     #[arg(required = true, last = true, value_name = "COMMAND")]
     command: Vec<String>,
@@ -135,6 +144,7 @@ impl FromStr for Variable {
 
 /// What a run comes to.
 pub(crate) struct Plan {
+    pub(crate) name: String,
     pub(crate) machine: VmConfig,
     pub(crate) setup: Setup,
     pub(crate) exec: Exec,
@@ -146,7 +156,9 @@ pub(crate) struct Plan {
 impl Plan {
     /// Makes the plan: reads what it is made of and starts nothing.
     pub(crate) fn of(spec: &RunSpec) -> anyhow::Result<Self> {
-        let folder = Folder::new()?;
+        let name = spec.name.clone().unwrap_or_else(|| Record::name_for(&spec.command));
+        let folder = Folder::new(&name)?;
+        folder.describe(&record(spec, &name))?;
         let mut root = Root::default();
         root.archive.file("init", 0o755, AGENT)?;
         root.archive.character_device("dev/console", CONSOLE.0, CONSOLE.1)?;
@@ -163,8 +175,7 @@ impl Plan {
         let initramfs = File::from(memfd_create("initramfs", MemfdFlags::CLOEXEC).context("cannot make a memfd")?);
         (&initramfs).write_all(&root.archive.finish()?).context("cannot write the initramfs")?;
 
-        let name = spec.name.clone().unwrap_or_else(|| "vmm-run".into());
-        let vsock = VsockSpec { path: folder.vsock(), ..VsockSpec::default() };
+        let vsock = VsockSpec { path: folder.files().vsock(), ..VsockSpec::default() };
         let net = network(spec)?;
         let machine = VmConfig {
             kernel: Some(spec.kernel.clone().map_or_else(kernel::installed, Ok)?),
@@ -172,7 +183,7 @@ impl Plan {
             cpus: spec.cpus.clone(),
             initrd: Some(PathBuf::from(format!("/proc/self/fd/{}", initramfs.as_raw_fd()))),
             cmdline: Some("quiet".to_owned().into()),
-            serial: Some(kv::from_str::<SerialSpec>(&format!("file,path={}", folder.console().display()))?),
+            serial: Some(kv::from_str::<SerialSpec>(&format!("file,path={}", folder.files().console().display()))?),
             devices: Devices {
                 share: root.shares,
                 vsock: vec![vsock],
@@ -186,7 +197,7 @@ impl Plan {
         };
         let clock = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
         let setup = Setup {
-            hostname: name,
+            hostname: name.clone(),
             mounts: root.mounts,
             interfaces: net.iter().filter_map(interface).collect(),
             nameservers: net.iter().filter_map(|net| Some(net.address?.dns().into())).collect(),
@@ -195,10 +206,10 @@ impl Plan {
         };
         let terminal =
             if spec.tty { Some(terminal::size().context("the input is no terminal: leave out --tty")?) } else { None };
-        let program =
-            Program { argv: spec.command.clone(), env: environment(spec), cwd: workdir, user: spec.user.clone() };
+        let env = environment(&spec.env, spec.tty);
+        let program = Program { argv: spec.command.clone(), env, cwd: workdir, user: spec.user.clone() };
         let exec = Exec { program, terminal, stdin: spec.interactive };
-        Ok(Self { machine, setup, exec, folder, _initramfs: initramfs })
+        Ok(Self { name, machine, setup, exec, folder, _initramfs: initramfs })
     }
 }
 
@@ -232,10 +243,18 @@ fn interface(net: &NetSpec) -> Option<Interface> {
     })
 }
 
-fn environment(spec: &RunSpec) -> Vec<(String, String)> {
-    let term = env::var("TERM").ok().filter(|_| spec.tty);
+/// What is known of the machine by its name.
+fn record(spec: &RunSpec, name: &str) -> Record {
+    let root = spec.rootfs.as_ref().map_or_else(|| "host".to_owned(), |path| path.display().to_string());
+    let ports = spec.publish.iter().map(ToString::to_string).collect();
+    Record::now(name.to_owned(), spec.command.clone(), root, ports)
+}
+
+/// A command's environment; at a terminal it knows which kind that is.
+pub(crate) fn environment(variables: &[Variable], terminal: bool) -> Vec<(String, String)> {
+    let term = env::var("TERM").ok().filter(|_| terminal);
     let mut all: Vec<_> = term.map(|term| ("TERM".to_owned(), term)).into_iter().collect();
-    all.extend(spec.env.iter().map(|Variable(name, value)| (name.clone(), value.clone())));
+    all.extend(variables.iter().map(|Variable(name, value)| (name.clone(), value.clone())));
     all
 }
 

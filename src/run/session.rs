@@ -1,4 +1,4 @@
-//! The control connection to the guest's agent: it sets the guest up, runs the command, and moves its streams.
+//! A connection to the guest's agent: it sets the guest up if it is the first, runs the command, and moves its streams.
 //!
 //! The guest is the adversary on this connection: what it sends is bounded by the frames, and whatever it does not take
 //! keeps nobody waiting but the thread that has it to give.
@@ -10,7 +10,7 @@ use std::thread;
 
 use anyhow::{Context as _, anyhow, bail, ensure};
 use guest::HOST_PORT;
-use guest::frame::{self, Kind};
+use guest::frame::{self, Frame, Kind};
 use guest::request::{Answer, Control, Exec, Request, Setup, Trouble, WINDOW};
 use rustix::net::SendFlags;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -18,6 +18,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::OURS;
 use super::plan::Plan;
 use super::terminal::{self, Raw};
+use crate::machines::OutputLog;
 
 /// What a shell makes of a program that was ended by a signal.
 const SIGNALLED: i32 = 128;
@@ -31,10 +32,38 @@ pub(crate) struct Session {
 }
 
 struct Start {
-    listener: UnixListener,
-    setup: Setup,
+    way: Way,
     exec: Exec,
+    output: Output,
 }
+
+/// How the agent is reached.
+enum Way {
+    /// It connects, and is to set the guest up.
+    Listen(UnixListener, Setup),
+    /// The guest is set up.
+    Connected(UnixStream),
+}
+
+/// Where the command's output goes.
+enum Output {
+    /// To our own.
+    Streams,
+    /// Into a file. Somebody waits to hear that the command runs.
+    Log(OutputLog, Option<Ready>),
+}
+
+/// The command did not come to run.
+#[derive(Debug, thiserror::Error)]
+#[error("{message}")]
+pub(crate) struct NotStarted {
+    /// The exit code for that, as shells and container tools have it.
+    pub(crate) code: u8,
+    message: String,
+}
+
+/// What is to be done once the command runs.
+pub(crate) type Ready = Box<dyn FnOnce() -> anyhow::Result<()> + Send>;
 
 /// The main thread, the thread that talks to the agent, and the one that reads standard input have this.
 struct Shared {
@@ -52,19 +81,38 @@ struct State {
     /// How many bytes of standard input the agent takes.
     window: usize,
     terminal: Option<Raw>,
+    /// The command came to run.
+    started: bool,
     /// The exit code, or why there is none.
     end: Option<anyhow::Result<u8>>,
 }
 
 impl Session {
-    /// Listens for the guest's agent.
+    /// Listens for the agent of a guest that is about to start.
     pub(crate) fn listen(plan: &Plan) -> anyhow::Result<Self> {
-        let path = plan.folder.guests_port(HOST_PORT);
+        let path = plan.folder.files().guests_port(HOST_PORT);
         let listener = UnixListener::bind(&path).with_context(|| format!("cannot listen at {}", path.display()))?;
+        Self::new(Way::Listen(listener, plan.setup.clone()), plan.exec.clone(), Output::Streams)
+    }
+
+    /// The same, and the command's output goes into a file.
+    pub(crate) fn listen_behind(plan: &Plan, log: OutputLog, ready: Ready) -> anyhow::Result<Self> {
+        let session = Self::listen(plan)?;
+        if let Some(start) = &mut *session.start.lock().unwrap_or_else(PoisonError::into_inner) {
+            start.output = Output::Log(log, Some(ready));
+        }
+        Ok(session)
+    }
+
+    /// One more command, by a connection to the agent of a guest that runs.
+    pub(crate) fn connected(agent: UnixStream, exec: Exec) -> anyhow::Result<Self> {
+        Self::new(Way::Connected(agent), exec, Output::Streams)
+    }
+
+    fn new(way: Way, exec: Exec, output: Output) -> anyhow::Result<Self> {
         let ended = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).context("cannot make an eventfd")?;
         let shared = Shared { state: Mutex::default(), changed: Condvar::new(), ended };
-        let start = Start { listener, setup: plan.setup.clone(), exec: plan.exec.clone() };
-        Ok(Self { shared: Arc::new(shared), start: Mutex::new(Some(start)) })
+        Ok(Self { shared: Arc::new(shared), start: Mutex::new(Some(Start { way, exec, output })) })
     }
 
     /// Readable when the command has ended.
@@ -75,6 +123,11 @@ impl Session {
     /// Whether the command has ended, or cannot be run.
     pub(crate) fn has_ended(&self) -> bool {
         self.shared.lock().end.is_some()
+    }
+
+    /// Whether the command came to run.
+    pub(crate) fn has_started(&self) -> bool {
+        self.shared.lock().started
     }
 
     /// Begins to talk to the agent. The caller has blocked all signals that are not for that thread.
@@ -141,15 +194,11 @@ impl Shared {
 
     /// Runs the command to its end. Returns its exit code.
     fn talk(self: &Arc<Self>, start: Start) -> anyhow::Result<u8> {
-        let Start { listener, setup, exec } = start;
-        let (mut agent, _) = listener.accept().context("cannot accept the guest's connection")?;
-        drop(listener);
-        frame::write_message(&mut agent, &setup).context("cannot set the guest up")?;
-        match frame::read_message(&mut agent).context("cannot set the guest up")? {
-            Answer::Ready => {}
-            Answer::Failed { message } => bail!("the guest cannot be set up: {}", clean(&message)),
-            answer => bail!("the guest answers its set-up with {answer:?}"),
-        }
+        let Start { way, exec, mut output } = start;
+        let mut agent = match way {
+            Way::Listen(listener, setup) => set_up(&listener, &setup)?,
+            Way::Connected(agent) => agent,
+        };
         if exec.terminal.is_some() {
             self.lock().terminal = Some(Raw::enter()?);
         }
@@ -164,19 +213,22 @@ impl Shared {
             let pass = move || shared.pass_input();
             thread::Builder::new().name("stdin".into()).spawn(pass).context("cannot start a thread")?;
         }
-        self.pass_output(&mut agent)
+        self.pass_output(&mut agent, &mut output)
     }
 
     /// Passes the command's output on until it ends.
-    fn pass_output(&self, agent: &mut UnixStream) -> anyhow::Result<u8> {
+    fn pass_output(&self, agent: &mut UnixStream, output: &mut Output) -> anyhow::Result<u8> {
         loop {
             let frame = frame::read_frame(agent).context("the guest's agent is at fault")?;
             let frame = frame.ok_or_else(|| anyhow!("the guest's agent has gone"))?;
             let written = match frame.kind {
-                Kind::Stdout => io::stdout().write_all(&frame.payload).and_then(|()| io::stdout().flush()),
-                Kind::Stderr => io::stderr().write_all(&frame.payload),
+                Kind::Stdout | Kind::Stderr => output.write(&frame),
                 Kind::Message => match frame.message()? {
-                    Answer::Started => Ok(()),
+                    Answer::Started => {
+                        self.lock().started = true;
+                        output.started()?;
+                        Ok(())
+                    }
                     Answer::Window { bytes } => {
                         let mut state = self.lock();
                         state.window = state.window.saturating_add(bytes as usize).min(WINDOW);
@@ -187,12 +239,12 @@ impl Shared {
                     Answer::Exited { code } => return Ok(code),
                     Answer::Killed { signal } => return Ok(signalled(signal)),
                     Answer::NotStarted { kind, message } => {
-                        eprintln!("vmm run: {}", clean(&message));
-                        return Ok(match kind {
+                        let code = match kind {
                             Trouble::NotFound => 127,
                             Trouble::NotExecutable => 126,
                             Trouble::Other => OURS,
-                        });
+                        };
+                        bail!(NotStarted { code, message: clean(&message) });
                     }
                     Answer::Failed { message } => bail!("the guest cannot run the command: {}", clean(&message)),
                     answer => bail!("the guest answers a command with {answer:?}"),
@@ -239,12 +291,41 @@ impl Shared {
     }
 }
 
+impl Output {
+    fn write(&mut self, frame: &Frame) -> io::Result<()> {
+        match (self, frame.kind) {
+            (Self::Log(log, _), kind) => log.write(kind, &frame.payload),
+            (Self::Streams, Kind::Stderr) => io::stderr().write_all(&frame.payload),
+            (Self::Streams, _) => io::stdout().write_all(&frame.payload).and_then(|()| io::stdout().flush()),
+        }
+    }
+
+    /// Tells who waits for it that the command runs.
+    fn started(&mut self) -> anyhow::Result<()> {
+        match self {
+            Self::Log(_, ready) => ready.take().map_or(Ok(()), |ready| ready()),
+            Self::Streams => Ok(()),
+        }
+    }
+}
+
+/// Waits for the agent, and has it set the guest up.
+fn set_up(listener: &UnixListener, setup: &Setup) -> anyhow::Result<UnixStream> {
+    let (mut agent, _) = listener.accept().context("cannot accept the guest's connection")?;
+    frame::write_message(&mut agent, setup).context("cannot set the guest up")?;
+    match frame::read_message(&mut agent).context("cannot set the guest up")? {
+        Answer::Ready => Ok(agent),
+        Answer::Failed { message } => bail!("the guest cannot be set up: {}", clean(&message)),
+        answer => bail!("the guest answers its set-up with {answer:?}"),
+    }
+}
+
 fn signalled(signal: i32) -> u8 {
     u8::try_from(signal.clamp(0, u8::MAX.into()).saturating_add(SIGNALLED)).unwrap_or(u8::MAX)
 }
 
 /// A guest's words, in one line that does nothing to a terminal.
-fn clean(message: &str) -> String {
+pub(crate) fn clean(message: &str) -> String {
     message.chars().take(500).collect::<String>().replace(char::is_control, " ")
 }
 

@@ -12,6 +12,7 @@ pub(crate) mod machine;
 pub(crate) mod names;
 pub(crate) mod packet;
 pub(crate) mod process;
+pub(crate) mod project;
 pub(crate) mod pty;
 pub(crate) mod seccomp;
 pub(crate) mod stream;

@@ -17,22 +17,22 @@ fn outcome(answers: &[Answer]) -> anyhow::Result<u8> {
     }
     drop(agent);
     let mut ours = shared.lock().agent.take().unwrap();
-    shared.pass_output(&mut ours)
+    shared.pass_output(&mut ours, &mut Output::Streams)
 }
 
 #[test]
 fn exit_codes_are_those_of_shells_and_container_tools() {
-    let not_started = |kind| Answer::NotStarted { kind, message: "no".into() };
     for (answer, code) in [
         (Answer::Exited { code: 42 }, 42),
         (Answer::Killed { signal: 9 }, 137),
         (Answer::Killed { signal: i32::MAX }, 255),
         (Answer::Killed { signal: i32::MIN }, 128),
-        (not_started(Trouble::NotFound), 127),
-        (not_started(Trouble::NotExecutable), 126),
-        (not_started(Trouble::Other), 125),
     ] {
         assert_eq!(outcome(&[Answer::Started, answer]).unwrap(), code);
+    }
+    for (kind, code) in [(Trouble::NotFound, 127), (Trouble::NotExecutable, 126), (Trouble::Other, 125)] {
+        let error = outcome(&[Answer::NotStarted { kind, message: "no".into() }]).unwrap_err();
+        assert_eq!(code, error.downcast::<NotStarted>().unwrap().code);
     }
 }
 

@@ -1,0 +1,90 @@
+//! `vmm exec`: one more command in a machine that runs.
+
+use std::cell::RefCell;
+use std::process::ExitCode;
+use std::rc::Rc;
+
+use anyhow::{Context as _, anyhow};
+use event_manager::SubscriberOps as _;
+use guest::request::{Exec, Program};
+
+use super::agent;
+use super::folder::Machine;
+use crate::boot::Wake;
+use crate::consoles::EventLoop;
+use crate::run::{self, Session, Variable};
+use crate::signals::{PASSED_ON, Signals};
+
+/// What `vmm exec` takes.
+#[derive(Debug, clap::Args)]
+pub(crate) struct ExecArgs {
+    /// The machine
+    name: String,
+    /// A variable of the command's environment; without a value, the one that it has here (can be said again)
+    #[arg(short, long, value_name = "NAME[=VALUE]")]
+    env: Vec<Variable>,
+    /// The folder that the command starts in; / unless said
+    #[arg(short, long, value_name = "DIR")]
+    workdir: Option<String>,
+    /// Whom the command runs as in the guest; root unless said
+    #[arg(short, long, value_name = "NAME|UID[:GROUP|GID]")]
+    user: Option<String>,
+    /// Pass standard input on
+    #[arg(short, long)]
+    interactive: bool,
+    /// Give the command a terminal
+    #[arg(short, long)]
+    tty: bool,
+    /// The command and its arguments
+    #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true, value_name = "COMMAND")]
+    command: Vec<String>,
+}
+
+impl ExecArgs {
+    /// Runs the command. Returns its exit code, or 125, 126 or 127 where it did not come to run.
+    pub(crate) fn run(&self) -> ExitCode {
+        let code = self.try_run().unwrap_or_else(|error| {
+            eprintln!("vmm exec: {error:#}");
+            run::code_of(&error)
+        });
+        ExitCode::from(code)
+    }
+
+    fn try_run(&self) -> anyhow::Result<u8> {
+        let terminal = match self.tty {
+            true => Some(run::terminal_size().context("the input is no terminal: leave out --tty")?),
+            false => None,
+        };
+        let machine = Machine::running(&self.name)?;
+        let program = Program {
+            argv: self.command.clone(),
+            env: run::environment(&self.env, self.tty),
+            cwd: self.workdir.clone(),
+            user: self.user.clone(),
+        };
+        let exec = Exec { program, terminal, stdin: self.interactive };
+        let session = Session::connected(agent::connect(&machine)?, exec)?;
+        wait(&session)
+    }
+}
+
+/// Passes signals on until the command ends.
+fn wait(session: &Session) -> anyhow::Result<u8> {
+    let signals = Rc::new(RefCell::new(Signals::block(&PASSED_ON).context("cannot receive signals")?));
+    let mut events = EventLoop::new().map_err(|error| anyhow!("cannot make an event loop: {error}"))?;
+    events.add_subscriber(signals.clone());
+    let ended = session.ended().try_clone().context("cannot duplicate an eventfd")?;
+    events.add_subscriber(Rc::new(RefCell::new(Wake(ended))));
+    session.start()?;
+    while !session.has_ended() {
+        for signal in signals.borrow_mut().take() {
+            match signal {
+                libc::SIGWINCH => session.resize(),
+                libc::SIGTSTP | libc::SIGCONT => {}
+                signal => drop(session.signal(signal)),
+            }
+        }
+        events.run().map_err(|error| anyhow!("the event loop failed: {error}"))?;
+    }
+    session.finish().context("the command has not ended")?
+}
