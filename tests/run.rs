@@ -6,6 +6,7 @@ use std::fs;
 use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::path::Path;
+use std::process::Command;
 
 use rustix::process::Signal;
 use support::names::{ANSWER, with_name_server};
@@ -69,6 +70,33 @@ fn an_installed_kernel_is_the_one_that_runs_have() {
     let installed = vmm(&["kernel", "install", &kernel]);
     assert_eq!((installed.code, installed.stdout.contains("data/vmm/kernel")), (Some(0), true), "{installed:?}");
     assert_eq!(vmm(&["run", "--", "true"]).code, Some(0));
+}
+
+#[test]
+fn a_distribution_s_kernel_comes_with_the_modules_of_its_package() {
+    let project = Project::new();
+    let package = asset("debian-6.1");
+    let release = fs::read_dir(package.join("lib/modules")).expect("it is there").next().expect("a kernel has modules");
+    let release = release.expect("it can be listed").file_name().into_string().expect("a release is text");
+    // A package of what a run needs: all of it takes its time here.
+    let script = "set -e; mkdir -p tree/DEBIAN tree/boot tree/lib/modules/$1; cp $0/boot/vmlinuz-$1 tree/boot/
+        cd $0/lib/modules/$1; cp --parents -r modules.builtin modules.order kernel/drivers/virtio kernel/fs/fuse \
+            kernel/fs/overlayfs kernel/net/vmw_vsock $OLDPWD/tree/lib/modules/$1; cd $OLDPWD
+        printf 'Package: kernel\nVersion: 1\nArchitecture: amd64\nMaintainer: x <x@y.z>\nDescription: x\n' > tree/DEBIAN/control
+        dpkg-deb --build -Znone tree kernel.deb >/dev/null";
+    let mut build = Command::new("sh");
+    let built = build.args(["-c", script]).arg(&package).arg(&release).current_dir(project.path("here"));
+    assert!(built.status().expect("there is a shell").success());
+    let data = format!("XDG_DATA_HOME={}", project.path("data"));
+    let vmm = |arguments: &[&str]| project.about(arguments).by(&["env", &data]).run();
+    let refused = vmm(&["kernel", "install", "here.deb"]);
+    assert_eq!((refused.code, refused.stderr.contains("here.deb")), (Some(2), true), "{refused:?}");
+    assert_eq!(vmm(&["kernel", "install", "kernel.deb"]).code, Some(0));
+    let ended = vmm(&["run", "--network", "none", "--", "uname", "-r"]);
+    assert_eq!((ended.code, ended.stdout.trim()), (Some(0), release.as_str()), "{ended:?}");
+    // It has no card's module, which is told before anything starts.
+    assert_said(&vmm(&["run", "--network", "user", "--", "true"]), OURS, &["virtio_net", "--kernel"]);
+    project.assert_clean();
 }
 
 #[test]

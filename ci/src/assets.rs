@@ -179,6 +179,7 @@ pub(crate) fn shell_initramfs() -> Result<PathBuf> {
 /// | `debian-6.1-vmlinuz`, `debian-6.1-vmlinux` | Debian's 6.1 cloud kernel, packed (lz4) and unpacked |
 /// | `debian-6.12-vmlinuz`, `debian-6.12-vmlinux` | Debian's 6.12 cloud kernel, packed (zstd) and unpacked |
 /// | `debian-6.1-generic-vmlinuz`, `debian-6.1-generic-vmlinux` | Debian's 6.1 kernel for any machine, packed (xz) and unpacked |
+/// | `debian-6.1` | the folder of the first one's package: `boot`, `lib/modules` |
 /// | `small-bzImage`, `small-vmlinux` | the small kernel |
 /// | `debian` | a folder as `cargo xtask image` makes it, with nginx and fio |
 /// | `initramfs-shell` | [`shell_initramfs`] |
@@ -191,6 +192,9 @@ pub(crate) fn directory() -> Result<PathBuf> {
         ("debian-6.1-generic", Flavour::Generic61),
     ] {
         let kernel = debian_kernel(flavour)?;
+        if flavour == Flavour::Cloud61 {
+            links.push((name.into(), kernel.root));
+        }
         links.push((format!("{name}-vmlinuz"), kernel.vmlinuz));
         links.push((format!("{name}-vmlinux"), kernel.vmlinux));
     }

@@ -110,7 +110,7 @@ enum Command {
 enum KernelCommand {
     /// Makes a kernel the one that vmm run boots unless it names another
     Install {
-        /// A bzImage or an uncompressed vmlinux, with all that a run needs built in
+        /// A bzImage or an uncompressed vmlinux, with all that a run needs built in; or a Debian package linux-image-….deb
         path: PathBuf,
     },
 }

@@ -4,10 +4,11 @@
 //! RunSpec ──▶ Plan: machine, set-up, command ──▶ boot ──▶ agent connects ──▶ Session: streams, signals, exit code
 //! ```
 //!
-//! Left out so far: OCI images, disks as roots, and kernels with modules.
+//! Left out so far: OCI images, and disks as roots.
 
 mod behind;
 pub(crate) mod kernel;
+mod modules;
 mod plan;
 mod session;
 mod terminal;

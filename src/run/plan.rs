@@ -21,7 +21,7 @@ use machine::{CpusSpec, OnEnd, VmConfig};
 use memory::MemorySpec;
 use rustix::fs::{MemfdFlags, memfd_create};
 
-use super::{kernel, terminal, userland};
+use super::{kernel, modules, terminal, userland};
 use crate::machines::{Folder, Record};
 
 /// The guest's PID 1, which `build.rs` has built.
@@ -37,8 +37,7 @@ const NEW_ROOT: &str = "/newroot";
 /// A command in a machine of its own, as it is asked for.
 #[derive(Debug, clap::Args)]
 pub(crate) struct RunSpec {
-    /// The kernel, with everything that it needs built in; the one in the data folder (~/.local/share/vmm/kernel) unless
-    /// said
+    /// The kernel; unless said, the one that vmm kernel install has put into the data folder, or else the host's own
     #[arg(long, value_name = "PATH", value_parser = kv::from_str::<KernelSpec>)]
     kernel: Option<KernelSpec>,
     /// A folder that is the guest's root instead of the host's own programs; what is written there is thrown away
@@ -172,13 +171,16 @@ impl Plan {
             root.share(&volume.host, &place, volume.readonly);
         }
         let workdir = spec.workdir.clone().or(root.workdir);
+        let net = network(spec)?;
+        let kernel = spec.kernel.clone().map_or_else(kernel::unless_said, Ok)?;
+        let more: &[&str] = if net.is_some() { &["virtio_net"] } else { &[] };
+        modules::add(&mut root.archive, &kernel, more)?;
         let initramfs = File::from(memfd_create("initramfs", MemfdFlags::CLOEXEC).context("cannot make a memfd")?);
         (&initramfs).write_all(&root.archive.finish()?).context("cannot write the initramfs")?;
 
         let vsock = VsockSpec { path: folder.files().vsock(), ..VsockSpec::default() };
-        let net = network(spec)?;
         let machine = VmConfig {
-            kernel: Some(spec.kernel.clone().map_or_else(kernel::installed, Ok)?),
+            kernel: Some(kernel),
             mem: spec.mem.clone(),
             cpus: spec.cpus.clone(),
             initrd: Some(PathBuf::from(format!("/proc/self/fd/{}", initramfs.as_raw_fd()))),

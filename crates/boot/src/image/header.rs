@@ -40,6 +40,12 @@ pub(crate) fn is_bzimage(head: &[u8]) -> bool {
 }
 
 impl BzImage {
+    /// Where in the file the kernel says its release (the field `kernel_version`, which counts from 0x200).
+    pub(crate) fn version_offset(&self) -> Option<u64> {
+        let offset = self.header.kernel_version;
+        (offset != 0).then(|| u64::from(offset) + SECTOR)
+    }
+
     /// Reads the header out of the first bytes of a file of `file_len` bytes.
     pub(crate) fn parse(head: &[u8], file_len: u64) -> Result<Self, ImageFault> {
         let jump = usize::from(*head.get(HEADER_MAGIC - 1).ok_or(ImageFault::NotAKernel)?);

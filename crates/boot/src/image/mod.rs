@@ -138,6 +138,21 @@ pub fn check(path: &Path, file: &File) -> Result<(), ImageError> {
     Image::probe(file).map(|_| ()).map_err(|fault| ImageError::new(path, fault))
 }
 
+/// The release of the kernel in a bzImage, as `uname -r` says it there and its folder of modules is called; none where
+/// the image does not say it as one word of a path.
+pub fn release(path: &Path, file: &File) -> Result<Option<String>, ImageError> {
+    let Image::BzImage(image) = Image::probe(file).map_err(|fault| ImageError::new(path, fault))? else {
+        return Ok(None);
+    };
+    // The text is the release, a space, and who built it when.
+    let mut text = [0; LONGEST_RELEASE];
+    let read = image.version_offset().and_then(|offset| file.read_at(&mut text, offset).ok()).unwrap_or(0);
+    let word = text[..read].split(|byte| *byte == b' ').next().unwrap_or_default();
+    let fine = |byte: &u8| byte.is_ascii_alphanumeric() || b".-+_~".contains(byte);
+    let word = Some(word).filter(|word| word.first().is_some_and(u8::is_ascii_digit) && word.iter().all(fine));
+    Ok(word.filter(|word| word.len() < read).and_then(|word| String::from_utf8(word.to_vec()).ok()))
+}
+
 /// Puts the kernel image `file`, which the user knows as `path`, into guest memory.
 ///
 /// The memory must be fresh, that is zeroed: .bss and .brk are not written.
@@ -165,6 +180,9 @@ fn load_file(file: &File, memory: &Ram, options: &LoadOptions<'_>) -> Result<Loa
         Image::BzImage(image) => load_bzimage(&image, file, memory, options),
     }
 }
+
+/// The kernel keeps its release in 64 bytes with its terminator (`__NEW_UTS_LEN`).
+const LONGEST_RELEASE: usize = 65;
 
 /// A file, told by its first bytes.
 enum Image {
