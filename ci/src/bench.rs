@@ -6,8 +6,10 @@ mod boot;
 mod inside;
 mod io;
 mod load;
+mod promise;
 mod qemu;
 mod record;
+mod run;
 mod table;
 mod tools;
 
@@ -22,6 +24,8 @@ pub(crate) struct Args {
 enum Bench {
     /// How long a machine takes from its start to its end, and how much memory and disk the VMM needs.
     Boot(boot::Args),
+    /// How long vmm run takes for a command that ends at once, beside a bare boot.
+    Run(run::Args),
     /// How fast disks and network cards are, beside QEMU's.
     Io(io::Args),
     /// Measure what a plan says; this is what the other verbs run in the emulated host.
@@ -33,6 +37,7 @@ enum Bench {
 pub(crate) fn run(args: &Args) -> Result<()> {
     match &args.bench {
         Bench::Boot(args) => boot::run(args),
+        Bench::Run(args) => run::run(args),
         Bench::Io(args) => io::run(args),
         Bench::Inside(args) => inside::run(args),
     }

@@ -14,8 +14,9 @@ use std::thread;
 use anyhow::{Context, Result, ensure};
 
 use super::inside::{Measure, Plan, Run};
+use super::promise::{self, MIB, Promise, Unit};
 use super::qemu;
-use super::record::{Record, ratio};
+use super::record::Record;
 use crate::assets::{self, Flavour};
 use crate::host::Host;
 use crate::host::emulator::Emulator;
@@ -46,13 +47,6 @@ pub(crate) struct Args {
     check: bool,
 }
 
-/// What is promised: a figure, alone or as a part of another, and its limit.
-struct Promise {
-    figure: &'static str,
-    part_of: Option<&'static str>,
-    limit: f64,
-}
-
 const VMLINUX: &str = "spawn to exit, vmlinux";
 const DEFAULTS: &str = "spawn to exit, vmlinux, own command line";
 const BZIMAGE: &str = "spawn to exit, bzImage";
@@ -75,7 +69,6 @@ const PROMISES: [Promise; 7] = [
     Promise { figure: BINARY, part_of: None, limit: 3.0 * MIB },
     Promise { figure: AGENT, part_of: None, limit: 1.5 * MIB },
 ];
-const MIB: f64 = 1_048_576.0;
 
 /// Runs the verb.
 pub(crate) fn run(args: &Args) -> Result<()> {
@@ -84,8 +77,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../resources/numbers/boot.toml");
     let known = if args.record { None } else { Some(Record::read(&file)?) };
     let now = measure(&vmm, known.as_ref())?;
-    print(&now);
-    let mut broken = broken_promises(&now)?;
+    promise::print(&now, &PROMISES, unit);
+    let mut broken = promise::broken(&now, &PROMISES, unit)?;
     match known {
         None => now.write(&file, HEADER)?,
         Some(known) => match known.worse(&now, slack) {
@@ -214,63 +207,12 @@ fn boot_timer(stderr: &str) -> Result<(u64, u64)> {
     Ok((first * 1000, counts.sum()))
 }
 
-fn print(record: &Record) {
-    for (name, version) in &record.versions {
-        println!("{name}: {version}");
-    }
-    println!();
-    for (name, value) in &record.figures {
-        println!("{name:45} {:>12}", shown(name, *value));
-    }
-    println!();
-    for promise in &PROMISES {
-        if let Some(line) = promise.line(record) {
-            println!("{line}");
-        }
-    }
-}
-
-/// A figure in the unit that its name implies.
-fn shown(name: &str, value: u64) -> String {
-    if name.starts_with("spawn") {
-        format!("{:.4} s", ratio(value, 1_000_000_000))
-    } else if name == EXITS {
-        value.to_string()
-    } else {
-        format!("{:.2} MiB", ratio(value, 1 << 20))
-    }
-}
-
-fn broken_promises(record: &Record) -> Result<Vec<String>> {
-    let mut broken = Vec::new();
-    for promise in &PROMISES {
-        let line = promise.line(record).with_context(|| format!("{} was not measured", promise.figure))?;
-        if promise.value(record).is_some_and(|value| value > promise.limit) {
-            broken.push(line);
-        }
-    }
-    Ok(broken)
-}
-
-impl Promise {
-    fn value(&self, record: &Record) -> Option<f64> {
-        let value = *record.figures.get(self.figure)?;
-        match self.part_of {
-            Some(whole) => Some(ratio(value, *record.figures.get(whole)?)),
-            None => Some(ratio(value, 1)),
-        }
-    }
-
-    fn line(&self, record: &Record) -> Option<String> {
-        let Self { figure, part_of, limit } = self;
-        let value = self.value(record)?;
-        Some(match part_of {
-            Some(whole) => format!("{figure} / {whole}: {value:.3}, promised {limit}"),
-            None if figure.starts_with("spawn") => {
-                format!("{figure}: {:.4} s, promised {} s", value / 1e9, limit / 1e9)
-            }
-            None => format!("{figure}: {:.2} MiB, promised {} MiB", value / MIB, limit / MIB),
-        })
+/// How figures that are no times are shown.
+fn unit(name: &str) -> Unit {
+    match name {
+        EXITS => Unit::Count,
+        _ if name.starts_with("spawn") => Unit::Time,
+        _ => Unit::Bytes,
     }
 }
 
@@ -299,24 +241,24 @@ mod tests {
 
     #[test]
     fn figures_within_the_promises_are_not_broken() {
-        assert_eq!(broken_promises(&all(1_000, 290_000_000)).unwrap(), Vec::<String>::new());
+        assert_eq!(promise::broken(&all(1_000, 290_000_000), &PROMISES, unit).unwrap(), Vec::<String>::new());
     }
 
     #[test]
     fn broken_promises_are_named_with_their_limits() {
-        let broken = broken_promises(&all(1_300, 291_000_000)).unwrap();
+        let broken = promise::broken(&all(1_300, 291_000_000), &PROMISES, unit).unwrap();
         assert_eq!(
             broken,
             [
                 "spawn to exit, vmlinux, own command line / spawn to exit, vmlinux, QEMU microvm: 0.520, promised 0.48",
-                "spawn to exit, small vmlinux: 0.2910 s, promised 0.29 s",
+                "spawn to exit, small vmlinux: 0.2910 s, promised 0.2900 s",
             ]
         );
     }
 
     #[test]
     fn a_promise_that_was_not_measured_is_no_promise_kept() {
-        broken_promises(&record(&[(DEFAULTS, 1)])).unwrap_err();
+        promise::broken(&record(&[(DEFAULTS, 1)]), &PROMISES, unit).unwrap_err();
     }
 
     #[test]

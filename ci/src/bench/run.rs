@@ -1,0 +1,113 @@
+//! `cargo xtask bench run`: what `vmm run -- true` takes from its start to its end, beside the bare boot of the same
+//! kernel with an init that ends at once.
+//!
+//! The guest's programs come from the emulated host's memory: where they come from the shared file system, what another
+//! process on the real machine does would be charged to us.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use anyhow::{Result, ensure};
+
+use super::inside::{Measure, Plan, Run};
+use super::promise::{self, Promise, Unit};
+use super::record::Record;
+use crate::host::Host;
+use crate::host::emulator::Emulator;
+use crate::{assets, build, kernel, progress, setup};
+
+const HEADER: &str = "\
+# Figures of `cargo xtask bench run`, written by it with --record: nanoseconds on the instruction clock of the emulated
+# host. The figures hold for these versions of what they depend on.
+";
+
+/// What `cargo xtask bench run` takes.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// Write the figures to resources/numbers/run.toml.
+    #[arg(long)]
+    record: bool,
+    /// Fail if a figure is not as good as promised, or 3% worse than on record.
+    #[arg(long)]
+    check: bool,
+}
+
+const BARE: &str = "spawn to exit, bare boot";
+const RUN: &str = "spawn to exit, vmm run -- true";
+const NETWORK: &str = "spawn to exit, vmm run -- true, with a network";
+const FOLDER: &str = "spawn to exit, vmm run -- true, with a folder";
+
+const PROMISES: [Promise; 1] = [Promise { figure: RUN, part_of: Some(BARE), limit: 1.15 }];
+
+/// Seconds that an emulated host has for its runs.
+const TIME_LIMIT: u64 = 300;
+/// The exit code of `vmm` for a guest that rebooted.
+const REBOOTED: i32 = 3;
+
+/// Puts the programs that a run needs into memory, over those of the shared file system.
+const PREPARE: &str = "set -e
+    root=$PWD/root
+    for program in /bin/true /usr/lib/qemu/virtiofsd $(command -v passt); do
+        cp --parents --dereference $program $(ldd $program | grep -o '/[^ ]*' || true) $root
+    done
+    # As Debian has it: /bin and /lib lead below /usr.
+    for name in bin lib lib64; do
+        if [ -d $root/$name ]; then mkdir -p $root/usr/$name; cp -a $root/$name/. $root/usr/$name/; fi
+    done
+    mount --bind $root/usr /usr";
+
+/// Runs the verb.
+pub(crate) fn run(args: &Args) -> Result<()> {
+    setup::run()?;
+    let small = kernel::small_kernel()?;
+    let versions = BTreeMap::from([
+        ("small kernel".into(), small.package),
+        ("emulated host's qemu".into(), Emulator::find()?.version.clone()),
+    ]);
+    let files = BTreeMap::from([
+        ("vmm".into(), build::vmm()?),
+        ("vmlinux".into(), small.vmlinux),
+        ("reboot".into(), assets::reboot_initramfs(false)?),
+    ]);
+    let prepare = ["/bin/mkdir -p root", "/bin/sh -c"].map(words);
+    let mut prepare = prepare.to_vec();
+    prepare[1].push(PREPARE.to_owned());
+    let plan = Plan { files, prepare, runs: runs(), ..Plan::default() };
+    let step = progress::step("Measuring on the instruction clock; this takes some minutes");
+    let measured = plan.carry_out(&Host { timeout: TIME_LIMIT, icount: true, ..Host::default() }, 2)?;
+    drop(step);
+    let figures = measured.into_iter().map(|(name, measured)| (name, measured.value)).collect();
+    let now = Record { versions, figures };
+    promise::print(&now, &PROMISES, |_| Unit::Time);
+    let mut broken = promise::broken(&now, &PROMISES, |_| Unit::Time)?;
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../resources/numbers/run.toml");
+    if args.record {
+        now.write(&file, HEADER)?;
+    } else if let Some(worse) = Record::read(&file)?.worse(&now, |_| 0) {
+        broken.extend(worse);
+    }
+    for line in &broken {
+        println!("Worse: {line}");
+    }
+    ensure!(!args.check || broken.is_empty(), "Figures are worse than promised or recorded: {}", broken.len());
+    Ok(())
+}
+
+fn runs() -> Vec<Run> {
+    let run = |name: &str, line: &str, code| Run {
+        name: name.to_owned(),
+        words: words(line),
+        measure: Measure::Time { code },
+    };
+    let bare = "vmm --kernel vmlinux --initrd reboot --mem 512M --serial off --on-reboot exit";
+    vec![
+        run(BARE, bare, REBOOTED),
+        run(RUN, "vmm run --kernel vmlinux --network none --workdir / -- true", 0),
+        run(FOLDER, "vmm run --kernel vmlinux --network none -- true", 0),
+        run(NETWORK, "vmm run --kernel vmlinux --network user --workdir / -- true", 0),
+    ]
+}
+
+fn words(line: &str) -> Vec<String> {
+    line.split(' ').map(str::to_owned).collect()
+}
