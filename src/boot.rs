@@ -16,13 +16,13 @@ use kvm::Host;
 use machine::{
     BootTimer, ConfigError, ControlError, ControlRequest, Live, OnEnd, Outcome, Paused, Surroundings, VmConfig,
 };
+use session::{PASSED_ON, Session};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::consoles::{Consoles, EventLoop};
 use crate::exit::{Usage, code_of_outcome, code_of_signal};
 use crate::folders::{Api, Folders};
-use crate::run::Session;
-use crate::signals::{PASSED_ON, Signals};
+use crate::signals::Signals;
 use crate::trim;
 
 /// How long a guest has to power off after its power button was pressed.
@@ -276,7 +276,7 @@ impl<'a> MainLoop<'a> {
 }
 
 /// Wakes the loop up, once for each event where the descriptor is a semaphore; what for is seen elsewhere.
-pub(crate) struct Wake(pub(crate) EventFd);
+struct Wake(EventFd);
 
 impl MutEventSubscriber for Wake {
     fn init(&mut self, ops: &mut EventOps<'_>) {

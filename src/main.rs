@@ -8,7 +8,6 @@ mod consoles;
 mod exit;
 mod folders;
 mod logger;
-mod machines;
 mod run;
 mod signals;
 mod trim;

@@ -1,49 +1,20 @@
-//! Signals as events of the main loop, by signalfd(2).
-#![allow(unsafe_code, reason = "signalfd has no safe form")]
+//! Signals as events of the main loop.
 
-use std::fs::File;
-use std::io::{self, Read};
-use std::os::fd::FromRawFd;
-use std::ptr;
+use std::io;
+use std::os::fd::{AsFd as _, AsRawFd as _};
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 
-/// The signals that the main loop handles itself.
-const HANDLED: [i32; 6] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGTSTP, libc::SIGCONT, libc::SIGWINCH];
-
-/// Those that a command can make something of, and that end a machine without one.
-pub(crate) const PASSED_ON: [i32; 3] = [libc::SIGQUIT, libc::SIGUSR1, libc::SIGUSR2];
-
-/// Those of [`HANDLED`] and others that have arrived. Two of one kind may count as one.
+/// Signals that have arrived.
 pub(crate) struct Signals {
-    file: File,
+    source: session::Signals,
     arrived: Vec<i32>,
 }
 
 impl Signals {
-    /// Takes the signals, and `others`, away from their default actions, for this thread and all that it starts.
+    /// As [`session::Signals::block`].
     pub(crate) fn block(others: &[i32]) -> io::Result<Self> {
-        // SAFETY: a signal set is plain bits; sigemptyset gives it its first value.
-        let mut set: libc::sigset_t = unsafe { std::mem::zeroed() };
-        // SAFETY: the set is valid for the call.
-        unsafe { libc::sigemptyset(&raw mut set) };
-        for signal in HANDLED.iter().chain(others) {
-            // SAFETY: the set is valid for the call, and the signal exists.
-            unsafe { libc::sigaddset(&raw mut set, *signal) };
-        }
-        // SAFETY: the set is valid for the call, and nobody asks for the old one.
-        match unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, ptr::null_mut()) } {
-            0 => {}
-            error => return Err(io::Error::from_raw_os_error(error)),
-        }
-        // SAFETY: the set is valid for the call, and -1 asks for a new descriptor.
-        let fd = unsafe { libc::signalfd(-1, &raw const set, libc::SFD_NONBLOCK | libc::SFD_CLOEXEC) };
-        if fd < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        // SAFETY: the descriptor is fresh and nobody else's.
-        let file = unsafe { File::from_raw_fd(fd) };
-        Ok(Self { file, arrived: Vec::new() })
+        Ok(Self { source: session::Signals::block(others)?, arrived: Vec::new() })
     }
 
     /// The signals that have arrived since the last call, oldest first.
@@ -54,14 +25,10 @@ impl Signals {
 
 impl MutEventSubscriber for Signals {
     fn init(&mut self, ops: &mut EventOps<'_>) {
-        ops.add(Events::new(&self.file, EventSet::IN)).expect("a signalfd can be watched");
+        ops.add(Events::new(&self.source.as_fd().as_raw_fd(), EventSet::IN)).expect("a signalfd can be watched");
     }
 
     fn process(&mut self, _events: Events, _ops: &mut EventOps<'_>) {
-        // `struct signalfd_siginfo`, whose first word is the signal's number.
-        let mut info = [0; size_of::<libc::signalfd_siginfo>()];
-        while self.file.read_exact(&mut info).is_ok() {
-            self.arrived.push(i32::from_ne_bytes([info[0], info[1], info[2], info[3]]));
-        }
+        self.arrived.extend(self.source.receive());
     }
 }

@@ -1,5 +1,6 @@
 //! What Cargo builds for the other verbs, and where it puts it.
 
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -21,6 +22,30 @@ pub(crate) fn vmm() -> Result<PathBuf> {
     let artifacts = build(&["build", "--release", "--package", "vmm", "--bin", "vmm"])?;
     let executable = artifacts.into_iter().find_map(|artifact| artifact.executable);
     executable.context("Cargo built no vmm")
+}
+
+/// The executables that `vmm` starts for some of its verbs, with their packages.
+const COMPANIONS: [(&str, &str); 1] = [("session", "vmm-session")];
+
+/// A `vmm` with its companions beside it. Those are of the build for tests: they run no guests, and are many times quicker
+/// to build.
+pub(crate) fn together(vmm: &Path) -> Result<PathBuf> {
+    let target = vmm.parent().and_then(Path::parent).context("Cargo's target folder has no name")?;
+    let folder = target.join("together");
+    fs::create_dir_all(&folder).with_context(|| format!("Cannot make {}", folder.display()))?;
+    let mut all = vec![(vmm.to_owned(), "vmm")];
+    for (package, name) in COMPANIONS {
+        let built = build(&["build", "--package", package, "--bin", name])?;
+        let executable = built.into_iter().find_map(|artifact| artifact.executable);
+        all.push((executable.with_context(|| format!("Cargo built no {name}"))?, name));
+    }
+    for (executable, name) in all {
+        // One that runs is not to be written to: it gets a file of its own.
+        let new = folder.join(format!("{name}.{}", std::process::id()));
+        fs::copy(&executable, &new).with_context(|| format!("Cannot copy {}", executable.display()))?;
+        fs::rename(&new, folder.join(name))?;
+    }
+    Ok(folder.join("vmm"))
 }
 
 /// The guest's agent, as the release build of `vmm` holds it.

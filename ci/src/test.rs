@@ -105,7 +105,7 @@ impl Built {
             if let Some(assets) = assets {
                 assets.join().expect("making assets does not panic")?;
             }
-            let vmm = vmm.join().expect("Cargo's messages are read without a panic")?;
+            let vmm = build::together(&vmm.join().expect("Cargo's messages are read without a panic")?)?;
             Ok(Self { vmm, units, booting, own })
         })
     }

@@ -1,5 +1,6 @@
 //! The command line: flags, subcommands and their help.
 
+mod companion;
 mod ctl;
 mod file;
 
@@ -22,7 +23,6 @@ use memory::MemorySpec;
 
 use crate::exit::{TABLE, Usage};
 use crate::folders::{Api, Folders};
-use crate::machines;
 use crate::run::RunSpec;
 
 /// Boots an unmodified Linux kernel in a small, isolated machine of its own.
@@ -77,23 +77,23 @@ enum Command {
     /// Runs a command in a machine of its own: vmm run -- make test
     Run(Box<RunSpec>),
     /// Shows the machines of vmm run
-    Ps(machines::PsArgs),
+    Ps(Passed),
     /// Shows what the command of a detached machine wrote
-    Logs(machines::LogsArgs),
+    Logs(Passed),
     /// Runs one more command in a machine: vmm exec -it NAME sh
-    Exec(machines::ExecArgs),
+    Exec(Passed),
     /// Copies files and folders into a machine or out of it: vmm cp NAME:/etc/hosts .
-    Cp(machines::CopyArgs),
+    Cp(Passed),
     /// Ends machines in order
-    Stop(machines::StopArgs),
+    Stop(Passed),
     /// Ends machines at once, or sends their commands a signal
-    Kill(machines::KillArgs),
+    Kill(Passed),
     /// Waits until machines have ended, and prints their exit codes
-    Wait(machines::WaitArgs),
+    Wait(Passed),
     /// Removes what is left of machines that have ended
-    Rm(machines::RmArgs),
+    Rm(Passed),
     /// Shows what machines use, also to Prometheus
-    Stats(machines::StatsArgs),
+    Stats(Passed),
     /// Deals with the kernel that vmm run boots
     #[command(subcommand)]
     Kernel(KernelCommand),
@@ -104,6 +104,14 @@ enum Command {
     },
     /// Prints the manual page
     Man,
+}
+
+/// The words of a command that is another executable's.
+#[derive(Debug, Args)]
+#[command(disable_help_flag = true)]
+struct Passed {
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    words: Vec<OsString>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -125,9 +133,9 @@ pub(crate) fn run(start: Instant) -> anyhow::Result<ExitCode> {
         }
         // Every code but this may be the command's own.
         Err(error) => match std::env::args_os().nth(1) {
-            Some(verb) if verb == "run" || verb == "exec" => {
-                eprintln!("vmm {}: {}", verb.display(), one_line(&error));
-                return Ok(ExitCode::from(crate::run::OURS));
+            Some(verb) if verb == "run" => {
+                eprintln!("vmm run: {}", one_line(&error));
+                return Ok(ExitCode::from(session::OURS));
             }
             _ => return Err(one_line(&error).into()),
         },
@@ -150,15 +158,17 @@ pub(crate) fn run(start: Instant) -> anyhow::Result<ExitCode> {
             crate::logger::start(LevelFilter::Warn, None)?;
             Ok(crate::run::run(&spec, start))
         }
-        Some(Command::Ps(args)) => args.run(),
-        Some(Command::Logs(args)) => args.run(),
-        Some(Command::Exec(args)) => Ok(args.run()),
-        Some(Command::Cp(args)) => args.run(),
-        Some(Command::Stop(args)) => args.run(),
-        Some(Command::Kill(args)) => args.run(),
-        Some(Command::Wait(args)) => args.run(),
-        Some(Command::Rm(args)) => args.run(),
-        Some(Command::Stats(args)) => args.run(),
+        Some(
+            Command::Ps(_)
+            | Command::Logs(_)
+            | Command::Exec(_)
+            | Command::Cp(_)
+            | Command::Stop(_)
+            | Command::Kill(_)
+            | Command::Wait(_)
+            | Command::Rm(_)
+            | Command::Stats(_),
+        ) => companion::become_it("vmm-session"),
         Some(Command::Kernel(KernelCommand::Install { path })) => {
             println!("vmm run boots {} now", crate::run::kernel::install(&path)?.display());
             Ok(ExitCode::SUCCESS)

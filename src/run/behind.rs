@@ -8,10 +8,9 @@ use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
 
 use anyhow::Context as _;
+use session::{OURS, OutputLog, Ready, Session};
 
 use super::plan::Plan;
-use super::{OURS, Session};
-use crate::machines::OutputLog;
 
 /// Starts the process that runs the machine, and prints the machine's name when its command runs.
 pub(super) fn start() -> anyhow::Result<ExitCode> {
@@ -45,7 +44,8 @@ pub(super) fn session(plan: &Plan) -> anyhow::Result<Session> {
         writeln!(output, "{name}").and_then(|()| output.flush()).context("nobody waits for the machine any more")?;
         leave(&log)
     };
-    Session::listen_behind(plan, OutputLog::create(files.output())?, Box::new(ready))
+    let log = (OutputLog::create(files.output())?, Box::new(ready) as Ready);
+    Session::listen(files, plan.setup.clone(), plan.exec.clone(), Some(log))
 }
 
 fn leave(log: &Path) -> anyhow::Result<()> {

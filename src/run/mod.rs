@@ -10,21 +10,16 @@ mod behind;
 pub(crate) mod kernel;
 mod modules;
 mod plan;
-mod session;
-mod terminal;
 mod userland;
 
 use std::process::ExitCode;
 use std::time::Instant;
 
-pub(crate) use plan::{RunSpec, Variable, environment};
-pub(crate) use session::{NotStarted, Session, clean};
-pub(crate) use terminal::size as terminal_size;
+use session::{NotStarted, OURS, Session, code_of};
+
+pub(crate) use plan::RunSpec;
 
 use plan::Plan;
-
-/// The exit code for all that is ours and not the command's, as container tools have it.
-pub(crate) const OURS: u8 = 125;
 
 /// Runs the command. Returns its exit code, or 125, 126 or 127 where it did not come to run.
 pub(crate) fn run(spec: &RunSpec, start: Instant) -> ExitCode {
@@ -35,14 +30,13 @@ pub(crate) fn run(spec: &RunSpec, start: Instant) -> ExitCode {
     })
 }
 
-/// The exit code for a command that did not come to its end.
-pub(crate) fn code_of(error: &anyhow::Error) -> u8 {
-    error.downcast_ref::<NotStarted>().map_or(OURS, |error| error.code)
-}
-
 fn try_run(spec: &RunSpec, start: Instant) -> anyhow::Result<ExitCode> {
     let mut plan = Plan::of(spec)?;
-    let session = if spec.behind { behind::session(&plan)? } else { Session::listen(&plan)? };
+    let session = if spec.behind {
+        behind::session(&plan)?
+    } else {
+        Session::listen(plan.folder.files(), plan.setup.clone(), plan.exec.clone(), None)?
+    };
     let machine = crate::boot::boot(&plan.machine, None, Some(&session), start);
     let console = plan.folder.files().last_console_lines();
     let ended = session.finish();

@@ -20,9 +20,9 @@ use guest::request::{Address, Exec, Interface, Mount, MountFlag, Program, Setup}
 use machine::{CpusSpec, OnEnd, VmConfig};
 use memory::MemorySpec;
 use rustix::fs::{MemfdFlags, memfd_create};
+use session::{Folder, Record, Variable, environment, terminal_size};
 
-use super::{kernel, modules, terminal, userland};
-use crate::machines::{Folder, Record};
+use super::{kernel, modules, userland};
 
 /// The guest's PID 1, which `build.rs` has built.
 static AGENT: &[u8] = include_bytes!(env!("VMM_AGENT"));
@@ -123,24 +123,6 @@ impl FromStr for Volume {
     }
 }
 
-/// A variable of an environment.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Variable(String, String);
-
-impl FromStr for Variable {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        match text.split_once('=') {
-            Some(("", _)) => Err("a variable has a name: say NAME=VALUE".into()),
-            Some((name, value)) => Ok(Self(name.into(), value.into())),
-            None => env::var(text)
-                .map(|value| Self(text.into(), value))
-                .map_err(|_| format!("{text} has no value here that is text: say {text}=VALUE")),
-        }
-    }
-}
-
 /// What a run comes to.
 pub(crate) struct Plan {
     pub(crate) name: String,
@@ -207,7 +189,7 @@ impl Plan {
             ..Setup::default()
         };
         let terminal =
-            if spec.tty { Some(terminal::size().context("the input is no terminal: leave out --tty")?) } else { None };
+            if spec.tty { Some(terminal_size().context("the input is no terminal: leave out --tty")?) } else { None };
         let env = environment(&spec.env, spec.tty);
         let program = Program { argv: spec.command.clone(), env, cwd: workdir, user: spec.user.clone() };
         let exec = Exec { program, terminal, stdin: spec.interactive };
@@ -250,14 +232,6 @@ fn record(spec: &RunSpec, name: &str) -> Record {
     let root = spec.rootfs.as_ref().map_or_else(|| "host".to_owned(), |path| path.display().to_string());
     let ports = spec.publish.iter().map(ToString::to_string).collect();
     Record::now(name.to_owned(), spec.command.clone(), root, ports)
-}
-
-/// A command's environment; at a terminal it knows which kind that is.
-pub(crate) fn environment(variables: &[Variable], terminal: bool) -> Vec<(String, String)> {
-    let term = env::var("TERM").ok().filter(|_| terminal);
-    let mut all: Vec<_> = term.map(|term| ("TERM".to_owned(), term)).into_iter().collect();
-    all.extend(variables.iter().map(|Variable(name, value)| (name.clone(), value.clone())));
-    all
 }
 
 /// The guest's root in the making.
@@ -364,13 +338,6 @@ mod tests {
         for wrong in ["", "/srv", "/srv:data", ":/data", "/srv:/data:no", "/srv:/data:ro:x"] {
             assert!(wrong.parse::<Volume>().is_err(), "{wrong}");
         }
-    }
-
-    #[test]
-    fn a_variable_without_a_value_has_the_one_that_it_has_here() {
-        assert_eq!("A=b=c".parse(), Ok(Variable("A".into(), "b=c".into())));
-        assert_eq!("PATH".parse(), Ok(Variable("PATH".into(), env::var("PATH").unwrap())));
-        assert!("=b".parse::<Variable>().is_err() && "NO_SUCH_VARIABLE".parse::<Variable>().is_err());
     }
 
     #[test]

@@ -5,8 +5,8 @@ use std::process::ExitCode;
 
 use serde_json::json;
 
-use super::folder::{Machine, State, now};
-use super::for_people;
+use crate::for_people;
+use session::{Machine, State, now};
 
 /// What `vmm ps` takes.
 #[derive(Debug, clap::Args)]
@@ -67,7 +67,7 @@ fn as_json(machine: &Machine) -> serde_json::Value {
 }
 
 /// Columns as wide as their widest cell.
-pub(super) fn table(output: &mut impl io::Write, head: &[&str], rows: &[Vec<String>]) -> io::Result<()> {
+pub(crate) fn table(output: &mut impl io::Write, head: &[&str], rows: &[Vec<String>]) -> io::Result<()> {
     let head: Vec<String> = head.iter().map(ToString::to_string).collect();
     let width = |column: usize| {
         rows.iter().chain([&head]).filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max().unwrap_or(0)

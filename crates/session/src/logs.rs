@@ -12,8 +12,8 @@ use guest::frame::{Frame, Kind};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
 
-use super::folder::Machine;
-use super::output::Reader;
+use session::Machine;
+use session::Reader;
 
 /// What `vmm logs` takes.
 #[derive(Debug, clap::Args)]
@@ -86,7 +86,7 @@ impl Source {
         match self {
             Self::Output(reader) => {
                 let mut frames = Vec::new();
-                while let Some(frame) = reader.next()? {
+                while let Some(frame) = reader.read()? {
                     frames.push(frame);
                 }
                 Ok(frames)
@@ -120,7 +120,8 @@ fn last(frames: Vec<Frame>, lines: usize) -> Vec<Frame> {
     while excess > 0 {
         let Some(first) = kept.front_mut() else { break };
         let here = ends(first);
-        if here <= excess {
+        // What follows the last line's end is of the next line.
+        if here < excess || (here == excess && first.payload.ends_with(b"\n")) {
             excess -= here;
             kept.pop_front();
         } else {

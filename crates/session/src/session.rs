@@ -15,17 +15,18 @@ use guest::request::{Answer, Control, Exec, Request, Setup, Trouble, WINDOW};
 use rustix::net::SendFlags;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::OURS;
-use super::plan::Plan;
-use super::terminal::{self, Raw};
-use crate::machines::OutputLog;
+use crate::terminal::{self, Raw};
+use crate::{Files, OutputLog};
+
+/// The exit code for all that is ours and not the command's, as container tools have it.
+pub const OURS: u8 = 125;
 
 /// What a shell makes of a program that was ended by a signal.
 const SIGNALLED: i32 = 128;
 const SIGPIPE: i32 = 13;
 
 /// The command as the main thread sees it.
-pub(crate) struct Session {
+pub struct Session {
     shared: Arc<Shared>,
     /// What the thread that talks to the agent begins with.
     start: Mutex<Option<Start>>,
@@ -56,14 +57,19 @@ enum Output {
 /// The command did not come to run.
 #[derive(Debug, thiserror::Error)]
 #[error("{message}")]
-pub(crate) struct NotStarted {
+pub struct NotStarted {
     /// The exit code for that, as shells and container tools have it.
-    pub(crate) code: u8,
+    pub code: u8,
     message: String,
 }
 
+/// The exit code for a command that did not come to its end.
+pub fn code_of(error: &anyhow::Error) -> u8 {
+    error.downcast_ref::<NotStarted>().map_or(OURS, |error| error.code)
+}
+
 /// What is to be done once the command runs.
-pub(crate) type Ready = Box<dyn FnOnce() -> anyhow::Result<()> + Send>;
+pub type Ready = Box<dyn FnOnce() -> anyhow::Result<()> + Send>;
 
 /// The main thread, the thread that talks to the agent, and the one that reads standard input have this.
 struct Shared {
@@ -88,24 +94,21 @@ struct State {
 }
 
 impl Session {
-    /// Listens for the agent of a guest that is about to start.
-    pub(crate) fn listen(plan: &Plan) -> anyhow::Result<Self> {
-        let path = plan.folder.files().guests_port(HOST_PORT);
+    /// Listens for the agent of a guest that is about to start. With a log the command's output goes there, and `ready` is
+    /// called when it runs.
+    ///
+    /// # Errors
+    ///
+    /// The machine's socket cannot be made.
+    pub fn listen(files: Files<'_>, setup: Setup, exec: Exec, log: Option<(OutputLog, Ready)>) -> anyhow::Result<Self> {
+        let path = files.guests_port(HOST_PORT);
         let listener = UnixListener::bind(&path).with_context(|| format!("cannot listen at {}", path.display()))?;
-        Self::new(Way::Listen(listener, plan.setup.clone()), plan.exec.clone(), Output::Streams)
-    }
-
-    /// The same, and the command's output goes into a file.
-    pub(crate) fn listen_behind(plan: &Plan, log: OutputLog, ready: Ready) -> anyhow::Result<Self> {
-        let session = Self::listen(plan)?;
-        if let Some(start) = &mut *session.start.lock().unwrap_or_else(PoisonError::into_inner) {
-            start.output = Output::Log(log, Some(ready));
-        }
-        Ok(session)
+        let output = log.map_or(Output::Streams, |(log, ready)| Output::Log(log, Some(ready)));
+        Self::new(Way::Listen(listener, setup), exec, output)
     }
 
     /// One more command, by a connection to the agent of a guest that runs.
-    pub(crate) fn connected(agent: UnixStream, exec: Exec) -> anyhow::Result<Self> {
+    pub fn connected(agent: UnixStream, exec: Exec) -> anyhow::Result<Self> {
         Self::new(Way::Connected(agent), exec, Output::Streams)
     }
 
@@ -116,22 +119,22 @@ impl Session {
     }
 
     /// Readable when the command has ended.
-    pub(crate) fn ended(&self) -> &EventFd {
+    pub fn ended(&self) -> &EventFd {
         &self.shared.ended
     }
 
     /// Whether the command has ended, or cannot be run.
-    pub(crate) fn has_ended(&self) -> bool {
+    pub fn has_ended(&self) -> bool {
         self.shared.lock().end.is_some()
     }
 
     /// Whether the command came to run.
-    pub(crate) fn has_started(&self) -> bool {
+    pub fn has_started(&self) -> bool {
         self.shared.lock().started
     }
 
     /// Begins to talk to the agent. The caller has blocked all signals that are not for that thread.
-    pub(crate) fn start(&self) -> anyhow::Result<()> {
+    pub fn start(&self) -> anyhow::Result<()> {
         let Some(start) = self.start.lock().unwrap_or_else(PoisonError::into_inner).take() else { return Ok(()) };
         let shared = Arc::clone(&self.shared);
         let talk = move || {
@@ -143,12 +146,12 @@ impl Session {
     }
 
     /// Sends a signal to the command. Whether that was possible.
-    pub(crate) fn signal(&self, signal: i32) -> bool {
+    pub fn signal(&self, signal: i32) -> bool {
         self.say(Control::Signal(signal))
     }
 
     /// Tells the command's terminal the size of ours.
-    pub(crate) fn resize(&self) {
+    pub fn resize(&self) {
         if let Some(size) = terminal::size() {
             self.say(Control::Resize(size));
         }
@@ -170,7 +173,7 @@ impl Session {
     }
 
     /// The exit code, or why there is none; nothing if the command has not ended. The terminal is as it was.
-    pub(crate) fn finish(&self) -> Option<anyhow::Result<u8>> {
+    pub fn finish(&self) -> Option<anyhow::Result<u8>> {
         let mut state = self.shared.lock();
         state.terminal = None;
         state.agent = None;
@@ -325,7 +328,7 @@ fn signalled(signal: i32) -> u8 {
 }
 
 /// A guest's words, in one line that does nothing to a terminal.
-pub(crate) fn clean(message: &str) -> String {
+pub fn clean(message: &str) -> String {
     message.chars().take(500).collect::<String>().replace(char::is_control, " ")
 }
 

@@ -9,13 +9,13 @@ use guest::request::{Answer, Request};
 use guest::{GUEST_PORT, frame};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
-use super::folder::Machine;
+use session::Machine;
 
 /// More than this is no answer of a vsock device's: `OK <port>`.
 const LONGEST_LINE: usize = 32;
 
 /// Connects to the machine's agent.
-pub(super) fn connect(machine: &Machine) -> anyhow::Result<UnixStream> {
+pub(crate) fn connect(machine: &Machine) -> anyhow::Result<UnixStream> {
     let name = &machine.record.name;
     let mut stream = socket(machine)?;
     stream.write_all(format!("CONNECT {GUEST_PORT}\n").as_bytes()).with_context(|| format!("{name} has ended"))?;
@@ -33,7 +33,7 @@ pub(super) fn connect(machine: &Machine) -> anyhow::Result<UnixStream> {
 }
 
 /// Asks for something that has one answer.
-pub(super) fn ask(machine: &Machine, request: &Request) -> anyhow::Result<Answer> {
+pub(crate) fn ask(machine: &Machine, request: &Request) -> anyhow::Result<Answer> {
     let mut stream = connect(machine)?;
     frame::write_message(&mut stream, request)?;
     frame::read_message(&mut stream).with_context(|| format!("{} does not answer", machine.record.name))
@@ -41,13 +41,13 @@ pub(super) fn ask(machine: &Machine, request: &Request) -> anyhow::Result<Answer
 
 /// The process that runs the machine: who listens at its socket (`SO_PEERCRED`, unix(7)), so that no number has to be
 /// believed that was written down.
-pub(super) fn process(machine: &Machine) -> anyhow::Result<OwnedFd> {
+pub(crate) fn process(machine: &Machine) -> anyhow::Result<OwnedFd> {
     let pid = pid(machine)?;
     pidfd_open(pid, PidfdFlags::empty()).with_context(|| format!("cannot open the process of {}", machine.record.name))
 }
 
 /// Its number.
-pub(super) fn pid(machine: &Machine) -> anyhow::Result<Pid> {
+pub(crate) fn pid(machine: &Machine) -> anyhow::Result<Pid> {
     let peer = rustix::net::sockopt::socket_peercred(socket(machine)?);
     Ok(peer.with_context(|| format!("cannot tell the process of {}", machine.record.name))?.pid)
 }

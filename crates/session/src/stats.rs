@@ -8,9 +8,9 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 
-use super::folder::{Machine, State, now};
-use super::list::table;
-use super::{agent, for_people};
+use crate::list::table;
+use crate::{agent, for_people};
+use session::{Machine, State, now};
 
 /// What `vmm stats` takes.
 #[derive(Debug, clap::Args)]

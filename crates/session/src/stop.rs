@@ -9,8 +9,8 @@ use guest::request::{Answer, Request};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Signal, pidfd_send_signal};
 
-use super::agent;
-use super::folder::{End, Machine, State};
+use crate::agent;
+use session::{End, Machine, State};
 
 /// What a machine may take to power off, once its processes have ended.
 const POWER_OFF: Duration = Duration::from_secs(5);

@@ -30,7 +30,7 @@ impl Drop for Raw {
 }
 
 /// The size of the terminal that is standard input.
-pub(crate) fn size() -> Option<Size> {
+pub fn size() -> Option<Size> {
     let size = tcgetwinsize(io::stdin()).ok()?;
     Some(Size { rows: size.ws_row, columns: size.ws_col })
 }

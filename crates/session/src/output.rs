@@ -13,20 +13,25 @@ use guest::frame::{self, Decoder, Frame, Kind};
 const MOST: u64 = 8 << 20;
 
 /// The file to write to.
-pub(crate) struct OutputLog {
+pub struct OutputLog {
     path: PathBuf,
     file: File,
     size: u64,
 }
 
 impl OutputLog {
-    pub(crate) fn create(path: PathBuf) -> anyhow::Result<Self> {
+    /// Makes the file.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be made, or is there.
+    pub fn create(path: PathBuf) -> anyhow::Result<Self> {
         let file = create(&path).with_context(|| format!("cannot make {}", path.display()))?;
         Ok(Self { path, file, size: 0 })
     }
 
     /// Appends what a stream brought.
-    pub(crate) fn write(&mut self, kind: Kind, bytes: &[u8]) -> io::Result<()> {
+    pub fn write(&mut self, kind: Kind, bytes: &[u8]) -> io::Result<()> {
         if self.size > MOST {
             fs::rename(&self.path, earlier(&self.path))?;
             (self.file, self.size) = (create(&self.path)?, 0);
@@ -47,7 +52,7 @@ fn earlier(path: &Path) -> PathBuf {
 }
 
 /// The file to read from while it is written to.
-pub(super) struct Reader {
+pub struct Reader {
     path: PathBuf,
     file: Option<File>,
     decoder: Decoder,
@@ -55,13 +60,13 @@ pub(super) struct Reader {
 
 impl Reader {
     /// From the first frame that there still is.
-    pub(super) fn open(path: PathBuf) -> Self {
+    pub fn open(path: PathBuf) -> Self {
         let file = File::open(earlier(&path)).or_else(|_| File::open(&path)).ok();
         Self { path, file, decoder: Decoder::default() }
     }
 
     /// The next frame, if it has been written by now.
-    pub(super) fn next(&mut self) -> io::Result<Option<Frame>> {
+    pub fn read(&mut self) -> io::Result<Option<Frame>> {
         let mut buffer = vec![0; frame::MOST_PAYLOAD];
         loop {
             if let Some(frame) = self.decoder.next()? {
@@ -106,7 +111,7 @@ mod tests {
     use super::*;
 
     fn all(reader: &mut Reader) -> Vec<(Kind, Vec<u8>)> {
-        std::iter::from_fn(|| reader.next().unwrap()).map(|frame| (frame.kind, frame.payload)).collect()
+        std::iter::from_fn(|| reader.read().unwrap()).map(|frame| (frame.kind, frame.payload)).collect()
     }
 
     #[test]

@@ -1,19 +1,15 @@
 //! `vmm exec`: one more command in a machine that runs.
 
-use std::cell::RefCell;
+use std::io;
+use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::process::ExitCode;
-use std::rc::Rc;
 
-use anyhow::{Context as _, anyhow};
-use event_manager::SubscriberOps as _;
+use anyhow::Context as _;
 use guest::request::{Exec, Program};
+use session::{Machine, PASSED_ON, Session, Signals, Variable, code_of, environment, terminal_size};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
-use super::agent;
-use super::folder::Machine;
-use crate::boot::Wake;
-use crate::consoles::EventLoop;
-use crate::run::{self, Session, Variable};
-use crate::signals::{PASSED_ON, Signals};
+use crate::agent;
 
 /// What `vmm exec` takes.
 #[derive(Debug, clap::Args)]
@@ -45,20 +41,20 @@ impl ExecArgs {
     pub(crate) fn run(&self) -> ExitCode {
         let code = self.try_run().unwrap_or_else(|error| {
             eprintln!("vmm exec: {error:#}");
-            run::code_of(&error)
+            code_of(&error)
         });
         ExitCode::from(code)
     }
 
     fn try_run(&self) -> anyhow::Result<u8> {
         let terminal = match self.tty {
-            true => Some(run::terminal_size().context("the input is no terminal: leave out --tty")?),
+            true => Some(terminal_size().context("the input is no terminal: leave out --tty")?),
             false => None,
         };
         let machine = Machine::running(&self.name)?;
         let program = Program {
             argv: self.command.clone(),
-            env: run::environment(&self.env, self.tty),
+            env: environment(&self.env, self.tty),
             cwd: self.workdir.clone(),
             user: self.user.clone(),
         };
@@ -70,21 +66,24 @@ impl ExecArgs {
 
 /// Passes signals on until the command ends.
 fn wait(session: &Session) -> anyhow::Result<u8> {
-    let signals = Rc::new(RefCell::new(Signals::block(&PASSED_ON).context("cannot receive signals")?));
-    let mut events = EventLoop::new().map_err(|error| anyhow!("cannot make an event loop: {error}"))?;
-    events.add_subscriber(signals.clone());
-    let ended = session.ended().try_clone().context("cannot duplicate an eventfd")?;
-    events.add_subscriber(Rc::new(RefCell::new(Wake(ended))));
+    let signals = Signals::block(&PASSED_ON).context("cannot receive signals")?;
+    let epoll = Epoll::new().context("cannot wait")?;
+    for descriptor in [signals.as_fd().as_raw_fd(), session.ended().as_raw_fd()] {
+        epoll.ctl(ControlOperation::Add, descriptor, EpollEvent::new(EventSet::IN, 0)).context("cannot wait")?;
+    }
     session.start()?;
     while !session.has_ended() {
-        for signal in signals.borrow_mut().take() {
+        for signal in signals.receive() {
             match signal {
                 libc::SIGWINCH => session.resize(),
                 libc::SIGTSTP | libc::SIGCONT => {}
                 signal => drop(session.signal(signal)),
             }
         }
-        events.run().map_err(|error| anyhow!("the event loop failed: {error}"))?;
+        match epoll.wait(-1, &mut [EpollEvent::default(); 2]) {
+            Err(error) if error.kind() != io::ErrorKind::Interrupted => return Err(error).context("cannot wait"),
+            _ => {}
+        }
     }
     session.finish().context("the command has not ended")?
 }

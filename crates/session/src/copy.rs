@@ -9,8 +9,8 @@ use guest::copy::{self, Limits};
 use guest::frame;
 use guest::request::{Answer, Request};
 
-use super::agent;
-use super::folder::Machine;
+use crate::agent;
+use session::Machine;
 
 /// What `vmm cp` takes.
 #[derive(Debug, clap::Args)]
@@ -56,7 +56,7 @@ fn put(from: &Path, machine: &Machine, path: &str) -> anyhow::Result<u64> {
         (Err(error), Ok(Answer::Failed { .. }) | Err(_)) if error.kind() != std::io::ErrorKind::BrokenPipe => {
             Err(error).with_context(|| format!("cannot copy {}", from.display()))
         }
-        (_, Ok(Answer::Failed { message })) => bail!("{}: {}", machine.record.name, crate::run::clean(&message)),
+        (_, Ok(Answer::Failed { message })) => bail!("{}: {}", machine.record.name, session::clean(&message)),
         (_, answer) => bail!("{} answers a copy with {answer:?}", machine.record.name),
     }
 }
@@ -68,7 +68,7 @@ fn get(machine: &Machine, path: &str, to: &Path) -> anyhow::Result<u64> {
     let mut input = BufReader::with_capacity(2 * frame::MOST_PAYLOAD, stream);
     // What it says can be the guest's words.
     let received = copy::receive(to, &mut input, Limits::NONE);
-    received.map_err(|error| anyhow!("cannot copy {path}: {}", crate::run::clean(&error.to_string())))?;
+    received.map_err(|error| anyhow!("cannot copy {path}: {}", session::clean(&error.to_string())))?;
     match frame::read_message(&mut input)? {
         Answer::Done { skipped } => Ok(skipped),
         answer => bail!("{} answers a copy with {answer:?}", machine.record.name),

@@ -31,31 +31,32 @@ const MOST_JSON: u64 = 1 << 20;
 
 /// What a machine is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Record {
-    pub(crate) name: String,
+pub struct Record {
+    /// The name.
+    pub name: String,
     /// What runs there, and its arguments.
-    pub(crate) command: Vec<String>,
+    pub command: Vec<String>,
     /// What its root is.
-    pub(crate) root: String,
+    pub root: String,
     /// The ports that lead to it, as they were asked for.
-    pub(crate) ports: Vec<String>,
+    pub ports: Vec<String>,
     /// Seconds since 1970.
-    pub(crate) started: u64,
+    pub started: u64,
 }
 
 /// How a machine ended.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct End {
+pub struct End {
     /// The exit code, as `vmm run` in the foreground would have had it.
-    pub(crate) code: u8,
+    pub code: u8,
     /// Why the command did not come to its end.
-    pub(crate) trouble: Option<String>,
+    pub trouble: Option<String>,
     /// Seconds since 1970.
-    pub(crate) when: u64,
+    pub when: u64,
 }
 
 /// The folder of a machine that this process runs.
-pub(crate) struct Folder {
+pub struct Folder {
     path: PathBuf,
     /// It stays when the machine has ended.
     keep: bool,
@@ -68,7 +69,7 @@ impl Folder {
     /// # Errors
     ///
     /// Such a machine runs; or the folder cannot be made.
-    pub(crate) fn new(name: &str) -> anyhow::Result<Self> {
+    pub fn new(name: &str) -> anyhow::Result<Self> {
         check_name(name)?;
         let base = base()?;
         let _all = lock_all(&base)?;
@@ -85,17 +86,17 @@ impl Folder {
     }
 
     /// Has it stay when the machine has ended.
-    pub(crate) fn keep(&mut self) {
+    pub fn keep(&mut self) {
         self.keep = true;
     }
 
     /// Says what the machine is.
-    pub(crate) fn describe(&self, record: &Record) -> anyhow::Result<()> {
+    pub fn describe(&self, record: &Record) -> anyhow::Result<()> {
         write(&self.path.join("machine.json"), record)
     }
 
     /// Says how the machine has ended, if anybody will ask.
-    pub(crate) fn ended(self, code: u8, trouble: Option<String>) -> anyhow::Result<()> {
+    pub fn ended(self, code: u8, trouble: Option<String>) -> anyhow::Result<()> {
         if self.keep {
             clean(&self.path);
             write(&self.path.join("end.json"), &End { code, trouble, when: now() })?;
@@ -103,7 +104,8 @@ impl Folder {
         Ok(())
     }
 
-    pub(crate) fn files(&self) -> Files<'_> {
+    /// Where its files are.
+    pub fn files(&self) -> Files<'_> {
         Files(&self.path)
     }
 }
@@ -120,51 +122,56 @@ impl Drop for Folder {
 
 /// Where the files of a machine are.
 #[derive(Clone, Copy)]
-pub(crate) struct Files<'a>(&'a Path);
+pub struct Files<'a>(&'a Path);
 
 impl Files<'_> {
     /// The socket by which the host reaches the guest.
-    pub(crate) fn vsock(self) -> PathBuf {
+    pub fn vsock(self) -> PathBuf {
         self.0.join("vsock")
     }
 
     /// The socket that the guest reaches at `port`.
-    pub(crate) fn guests_port(self, port: u32) -> PathBuf {
+    pub fn guests_port(self, port: u32) -> PathBuf {
         self.0.join(format!("vsock_{port}"))
     }
 
     /// What the guest says at its console.
-    pub(crate) fn console(self) -> PathBuf {
+    pub fn console(self) -> PathBuf {
         self.0.join("console.log")
     }
 
     /// What the command of a machine in the background writes.
-    pub(crate) fn output(self) -> PathBuf {
+    pub fn output(self) -> PathBuf {
         self.0.join("output.log")
     }
 
     /// What the process of a machine in the background has to say.
-    pub(crate) fn log(self) -> PathBuf {
+    pub fn log(self) -> PathBuf {
         self.0.join("vmm.log")
     }
 
     /// The last lines of the console, for people.
-    pub(crate) fn last_console_lines(self) -> String {
+    pub fn last_console_lines(self) -> String {
         last_lines(&fs::read(self.console()).unwrap_or_default())
     }
 }
 
 /// A machine that was started some time, by whomever.
-pub(super) struct Machine {
-    pub(super) path: PathBuf,
-    pub(super) record: Record,
-    pub(super) state: State,
+pub struct Machine {
+    /// Its folder.
+    pub path: PathBuf,
+    /// What it is.
+    pub record: Record,
+    /// What has become of it.
+    pub state: State,
 }
 
 /// What has become of a machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum State {
+pub enum State {
+    /// Its process lives.
     Running,
+    /// It has ended, and says how.
     Ended(End),
     /// Its process was killed.
     Dead,
@@ -172,7 +179,7 @@ pub(super) enum State {
 
 impl Machine {
     /// All that there are, by their names.
-    pub(super) fn all() -> anyhow::Result<Vec<Self>> {
+    pub fn all() -> anyhow::Result<Vec<Self>> {
         let base = base()?;
         let _all = lock_all(&base)?;
         let entries = fs::read_dir(&base).with_context(|| format!("cannot read {}", base.display()))?;
@@ -183,7 +190,7 @@ impl Machine {
     }
 
     /// The one of this name.
-    pub(super) fn find(name: &str) -> anyhow::Result<Self> {
+    pub fn find(name: &str) -> anyhow::Result<Self> {
         let base = base()?;
         check_name(name)?;
         let _all = lock_all(&base)?;
@@ -192,7 +199,7 @@ impl Machine {
     }
 
     /// The one of this name, which must run.
-    pub(super) fn running(name: &str) -> anyhow::Result<Self> {
+    pub fn running(name: &str) -> anyhow::Result<Self> {
         let machine = Self::find(name)?;
         match &machine.state {
             State::Running => Ok(machine),
@@ -219,12 +226,13 @@ impl Machine {
         Ok(Some(Self { path: path.to_owned(), record, state }))
     }
 
-    pub(super) fn files(&self) -> Files<'_> {
+    /// Where its files are.
+    pub fn files(&self) -> Files<'_> {
         Files(&self.path)
     }
 
     /// Waits until its process has ended. Returns how it ended, if it says so.
-    pub(super) fn wait(&self) -> anyhow::Result<Option<End>> {
+    pub fn wait(&self) -> anyhow::Result<Option<End>> {
         // An attached one takes its folder with it.
         if let Ok(lock) = File::open(self.path.join("lock")) {
             lock.lock_shared().context("cannot wait for a lock")?;
@@ -233,12 +241,12 @@ impl Machine {
     }
 
     /// Whether its process lives.
-    pub(super) fn is_alive(&self) -> bool {
+    pub fn is_alive(&self) -> bool {
         is_alive(&self.path).unwrap_or(false)
     }
 
     /// Removes what is left of one that has ended.
-    pub(super) fn remove(&self) -> anyhow::Result<()> {
+    pub fn remove(&self) -> anyhow::Result<()> {
         let _all = self.path.parent().map(lock_all).transpose()?;
         ensure!(!self.is_alive(), "{} runs: `vmm stop` it, or say --force", self.record.name);
         remove(&self.path)
@@ -327,7 +335,7 @@ fn read<T: DeserializeOwned>(path: &Path) -> anyhow::Result<Option<T>> {
 }
 
 /// Seconds since 1970.
-pub(super) fn now() -> u64 {
+pub fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs())
 }
 
@@ -346,14 +354,15 @@ fn check_name(name: &str) -> anyhow::Result<()> {
 
 impl Record {
     /// A name for a machine that was given none: what runs there, and a number that no other has.
-    pub(crate) fn name_for(command: &[String]) -> String {
+    pub fn name_for(command: &[String]) -> String {
         let program = command.first().and_then(|word| Path::new(word).file_name()?.to_str()).unwrap_or_default();
         let fine = program.chars().filter(char::is_ascii_alphanumeric).take(20).collect::<String>();
         let word = if fine.is_empty() { "run" } else { &fine };
         format!("{word}-{}", std::process::id())
     }
 
-    pub(crate) fn now(name: String, command: Vec<String>, root: String, ports: Vec<String>) -> Self {
+    /// That of a machine that starts now.
+    pub fn now(name: String, command: Vec<String>, root: String, ports: Vec<String>) -> Self {
         Self { name, command, root, ports, started: now() }
     }
 }
