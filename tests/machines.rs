@@ -58,7 +58,7 @@ impl Drop for Behind {
 }
 
 /// Ends when it is asked to, with a code of its own.
-const SERVICE: &str = "trap 'echo stopped; exit 5' TERM; trap 'echo again' USR1; echo ready; echo trouble >&2; \
+const SERVICE: &str = "trap 'echo stopped; exit 5' TERM; trap 'echo again' USR1; echo trouble >&2; echo ready; \
                        while :; do sleep 0.1; done";
 
 #[test]
