@@ -17,6 +17,7 @@ const PACKAGES: &[&str] = &[
     "iproute2",
     "passt",
     "qemu-utils",
+    "squashfs-tools",
     "strace",
     // The small kernel's build.
     "bc",

@@ -11,7 +11,7 @@ use super::source::{Source, identifiers};
 /// The crates from the bottom to the top: each may use those of the rows before its own.
 const ORDER: [&[&str]; 8] = [
     &["kv", "guest"],
-    &["memory", "session"],
+    &["memory", "oci", "session"],
     &["kvm", "boot", "bus"],
     &["virtio"],
     &["devices"],
