@@ -193,7 +193,11 @@ impl<'a> MainLoop<'a> {
                 call.answer(|request| machine.perform(folders.open_for(request, machine.config())?));
             }
             if self.session.is_some_and(Session::has_ended) {
-                return Ok(End::Command);
+                // A guest with a disk of its own unmounts it before it powers off, by itself.
+                if !writes_disks(machine.config()) || machine.has_ended() {
+                    return Ok(End::Command);
+                }
+                self.stopping.get_or_insert((0, Instant::now() + PATIENCE));
             }
             if machine.has_ended() {
                 return Ok(End::Guest);
@@ -210,6 +214,7 @@ impl<'a> MainLoop<'a> {
             let timeout = match self.stopping {
                 None => -1,
                 Some((signal, deadline)) => match deadline.saturating_duration_since(Instant::now()) {
+                    Duration::ZERO if self.session.is_some_and(Session::has_ended) => return Ok(End::Command),
                     Duration::ZERO => return Ok(End::Signal(signal)),
                     left => i32::try_from(left.as_millis()).unwrap_or(i32::MAX).saturating_add(1),
                 },
@@ -273,6 +278,11 @@ impl<'a> MainLoop<'a> {
     fn finish(self) {
         self.consoles.drain(LAST_WORDS);
     }
+}
+
+/// Whether the guest has something to unmount.
+fn writes_disks(config: &VmConfig) -> bool {
+    config.devices.disk.iter().any(|disk| !disk.readonly)
 }
 
 /// Wakes the loop up, once for each event where the descriptor is a semaphore; what for is seen elsewhere.

@@ -1,6 +1,7 @@
 //! Commands that are executables of their own: what runs guests is not to be larger for them.
 
 use std::env;
+use std::ffi::OsString;
 use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
 use std::process::{Command, ExitCode};
@@ -9,9 +10,9 @@ use anyhow::Context as _;
 
 use crate::exit::Usage;
 
-/// Becomes the executable, with our own words.
-pub(crate) fn become_it(name: &str) -> anyhow::Result<ExitCode> {
-    let error = Command::new(find(name)?).args(env::args_os().skip(1)).exec();
+/// Becomes the executable, with these words.
+pub(crate) fn become_it(name: &str, words: impl IntoIterator<Item = OsString>) -> anyhow::Result<ExitCode> {
+    let error = Command::new(find(name)?).args(words).exec();
     Err(error).with_context(|| format!("Cannot run {name}"))
 }
 

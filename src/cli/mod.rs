@@ -1,6 +1,6 @@
 //! The command line: flags, subcommands and their help.
 
-mod companion;
+pub(crate) mod companion;
 mod ctl;
 mod file;
 
@@ -94,6 +94,8 @@ enum Command {
     Rm(Passed),
     /// Shows what machines use, also to Prometheus
     Stats(Passed),
+    /// Deals with container images: pull, ls, rm and prune
+    Image(Passed),
     /// Deals with the kernel that vmm run boots
     #[command(subcommand)]
     Kernel(KernelCommand),
@@ -168,7 +170,8 @@ pub(crate) fn run(start: Instant) -> anyhow::Result<ExitCode> {
             | Command::Wait(_)
             | Command::Rm(_)
             | Command::Stats(_),
-        ) => companion::become_it("vmm-session"),
+        ) => companion::become_it("vmm-session", std::env::args_os().skip(1)),
+        Some(Command::Image(passed)) => companion::become_it("vmm-oci", passed.words),
         Some(Command::Kernel(KernelCommand::Install { path })) => {
             println!("vmm run boots {} now", crate::run::kernel::install(&path)?.display());
             Ok(ExitCode::SUCCESS)

@@ -3,10 +3,9 @@
 //! ```text
 //! RunSpec ──▶ Plan: machine, set-up, command ──▶ boot ──▶ agent connects ──▶ Session: streams, signals, exit code
 //! ```
-//!
-//! Left out so far: OCI images, and disks as roots.
 
 mod behind;
+mod image;
 pub(crate) mod kernel;
 mod modules;
 mod plan;

@@ -25,7 +25,11 @@ const MOST_MODULES: usize = 256;
 
 /// Puts what the kernel needs into the initramfs: `more` is what this guest has beside what all have. Nothing for a kernel
 /// that says no release or has no folder of modules: all that it can do is in it.
-pub(super) fn add(archive: &mut Archive, kernel: &KernelSpec, more: &[&str]) -> anyhow::Result<()> {
+pub(super) fn add(
+    archive: &mut Archive,
+    kernel: &KernelSpec,
+    more: impl IntoIterator<Item = &'static str>,
+) -> anyhow::Result<()> {
     let file = image::open(&kernel.path)?;
     let Some(release) = image::release(&kernel.path, &file)? else { return Ok(()) };
     let folders = [kernel::modules_place().ok(), Some(PathBuf::from("/lib/modules"))];
@@ -35,7 +39,7 @@ pub(super) fn add(archive: &mut Archive, kernel: &KernelSpec, more: &[&str]) -> 
     };
     let list = Modules::read(&folder)?;
     let mut order = String::new();
-    for path in list.needed(ALWAYS.iter().chain(more).copied())? {
+    for path in list.needed(ALWAYS.into_iter().chain(more))? {
         let name = path.rsplit('/').next().unwrap_or(path);
         let content = bounded(&folder.join(path), MOST_MODULE)?;
         archive.file(&format!("modules/{name}"), 0o644, &content)?;
@@ -73,7 +77,7 @@ impl Modules {
     }
 
     /// The paths of what these modules need and of themselves, in the order in which they are loaded.
-    fn needed<'a>(&'a self, names: impl Iterator<Item = &'a str>) -> anyhow::Result<Vec<&'a str>> {
+    fn needed<'name>(&self, names: impl Iterator<Item = &'name str>) -> anyhow::Result<Vec<&str>> {
         let mut order: Vec<&str> = Vec::new();
         for name in names.filter(|name| !self.builtin.contains(*name)) {
             let paths = self.known.get(name).with_context(|| {

@@ -11,6 +11,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use anyhow::{Context as _, bail, ensure};
 use boot::KernelSpec;
 use devices::Devices;
+use devices::block::{BlockSpec, Format};
 use devices::console::SerialSpec;
 use devices::fs::{Cache, ShareSpec};
 use devices::net::{NetSpec, Publish};
@@ -22,7 +23,8 @@ use memory::MemorySpec;
 use rustix::fs::{MemfdFlags, memfd_create};
 use session::{Folder, Record, Variable, environment, terminal_size};
 
-use super::{kernel, modules, userland};
+use super::image::Config;
+use super::{image, kernel, modules, userland};
 
 /// The guest's PID 1, which `build.rs` has built.
 static AGENT: &[u8] = include_bytes!(env!("VMM_AGENT"));
@@ -31,6 +33,8 @@ static AGENT: &[u8] = include_bytes!(env!("VMM_AGENT"));
 const CONSOLE: (u32, u32) = (5, 1);
 /// The guest's address, in a network of its own.
 const ADDRESS: &str = "10.0.2.15/24";
+/// The guest's only disk, if it has one.
+const DISK: &str = "/dev/vda";
 /// The folder that a rootfs is mounted to, before it is the root.
 const NEW_ROOT: &str = "/newroot";
 
@@ -41,8 +45,18 @@ pub(crate) struct RunSpec {
     #[arg(long, value_name = "PATH", value_parser = kv::from_str::<KernelSpec>)]
     kernel: Option<KernelSpec>,
     /// A folder that is the guest's root instead of the host's own programs; what is written there is thrown away
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", group = "root")]
     rootfs: Option<PathBuf>,
+    /// A container image that is the guest's root, and says what runs unless you do: HOST/NAME[:TAG], or ./PATH of an OCI
+    /// layout or an archive; what is written there is thrown away
+    #[arg(long, value_name = "REFERENCE", group = "root")]
+    image: Option<String>,
+    /// A disk whose file system is the guest's root (ext4 if it is qcow2); with readonly, what is written is thrown away
+    #[arg(long, value_name = "PATH[,…]", value_parser = kv::from_str::<BlockSpec>, group = "root")]
+    disk: Option<BlockSpec>,
+    /// A program in place of the image's entry point
+    #[arg(long, value_name = "PROGRAM", requires = "image")]
+    entrypoint: Option<String>,
     /// A folder of the host's that the guest has too (can be said again for another)
     #[arg(short, long = "volume", value_name = "HOST:GUEST[:ro]")]
     volumes: Vec<Volume>,
@@ -85,8 +99,8 @@ pub(crate) struct RunSpec {
     /// This is the process of a detached machine
     #[arg(long, hide = true)]
     pub(super) behind: bool,
-    /// The command and its arguments
-    #[arg(required = true, last = true, value_name = "COMMAND")]
+    /// The command and its arguments; an image may have its own
+    #[arg(required_unless_present = "image", last = true, value_name = "COMMAND")]
     command: Vec<String>,
 }
 
@@ -137,29 +151,19 @@ pub(crate) struct Plan {
 impl Plan {
     /// Makes the plan: reads what it is made of and starts nothing.
     pub(crate) fn of(spec: &RunSpec) -> anyhow::Result<Self> {
-        let name = spec.name.clone().unwrap_or_else(|| Record::name_for(&spec.command));
-        let folder = Folder::new(&name)?;
-        folder.describe(&record(spec, &name))?;
-        let mut root = Root::default();
-        root.archive.file("init", 0o755, AGENT)?;
-        root.archive.character_device("dev/console", CONSOLE.0, CONSOLE.1)?;
-        match &spec.rootfs {
-            Some(path) => root.of_folder(path),
-            None => root.of_host(spec)?,
-        }
-        for volume in &spec.volumes {
-            let place =
-                if spec.rootfs.is_some() { format!("{NEW_ROOT}{}", volume.guest) } else { volume.guest.clone() };
-            root.share(&volume.host, &place, volume.readonly);
-        }
-        let workdir = spec.workdir.clone().or(root.workdir);
+        let mut root = Root::of(spec)?;
+        let exec = exec(spec, &root)?;
         let net = network(spec)?;
         let kernel = spec.kernel.clone().map_or_else(kernel::unless_said, Ok)?;
-        let more: &[&str] = if net.is_some() { &["virtio_net"] } else { &[] };
-        modules::add(&mut root.archive, &kernel, more)?;
+        let card = net.is_some().then_some("virtio_net");
+        let disk = root.file_system.map(|name| ["virtio_blk", name]);
+        modules::add(&mut root.archive, &kernel, card.into_iter().chain(disk.into_iter().flatten()))?;
         let initramfs = File::from(memfd_create("initramfs", MemfdFlags::CLOEXEC).context("cannot make a memfd")?);
         (&initramfs).write_all(&root.archive.finish()?).context("cannot write the initramfs")?;
 
+        let name = spec.name.clone().unwrap_or_else(|| Record::name_for(&exec.program.argv));
+        let folder = Folder::new(&name)?;
+        folder.describe(&record(spec, &name, &exec))?;
         let vsock = VsockSpec { path: folder.files().vsock(), ..VsockSpec::default() };
         let machine = VmConfig {
             kernel: Some(kernel),
@@ -169,6 +173,7 @@ impl Plan {
             cmdline: Some("quiet".to_owned().into()),
             serial: Some(kv::from_str::<SerialSpec>(&format!("file,path={}", folder.files().console().display()))?),
             devices: Devices {
+                disk: root.disk.into_iter().collect(),
                 share: root.shares,
                 vsock: vec![vsock],
                 net: net.clone().into_iter().collect(),
@@ -188,13 +193,23 @@ impl Plan {
             clock: u64::try_from(clock).unwrap_or_default(),
             ..Setup::default()
         };
-        let terminal =
-            if spec.tty { Some(terminal_size().context("the input is no terminal: leave out --tty")?) } else { None };
-        let env = environment(&spec.env, spec.tty);
-        let program = Program { argv: spec.command.clone(), env, cwd: workdir, user: spec.user.clone() };
-        let exec = Exec { program, terminal, stdin: spec.interactive };
         Ok(Self { name, machine, setup, exec, folder, _initramfs: initramfs })
     }
+}
+
+/// The command.
+fn exec(spec: &RunSpec, root: &Root) -> anyhow::Result<Exec> {
+    let terminal =
+        if spec.tty { Some(terminal_size().context("the input is no terminal: leave out --tty")?) } else { None };
+    // Container tools take what is empty for what is not said.
+    let said = |text: &Option<String>| text.clone().filter(|text| !text.is_empty());
+    let program = Program {
+        argv: root.config.argv(spec.entrypoint.as_deref(), &spec.command)?,
+        env: environment(root.config.env(), &spec.env, spec.tty),
+        cwd: spec.workdir.clone().or_else(|| root.workdir.clone()).or_else(|| said(&root.config.working_dir)),
+        user: spec.user.clone().or_else(|| said(&root.config.user)),
+    };
+    Ok(Exec { program, terminal, stdin: spec.interactive })
 }
 
 /// The network card, if there is to be one. Without a word, that is where this host has a network itself.
@@ -228,10 +243,15 @@ fn interface(net: &NetSpec) -> Option<Interface> {
 }
 
 /// What is known of the machine by its name.
-fn record(spec: &RunSpec, name: &str) -> Record {
-    let root = spec.rootfs.as_ref().map_or_else(|| "host".to_owned(), |path| path.display().to_string());
+fn record(spec: &RunSpec, name: &str, exec: &Exec) -> Record {
+    let root = match spec {
+        RunSpec { rootfs: Some(path), .. } => path.display().to_string(),
+        RunSpec { image: Some(reference), .. } => reference.clone(),
+        RunSpec { disk: Some(disk), .. } => disk.path.display().to_string(),
+        _ => "host".to_owned(),
+    };
     let ports = spec.publish.iter().map(ToString::to_string).collect();
-    Record::now(name.to_owned(), spec.command.clone(), root, ports)
+    Record::now(name.to_owned(), exec.program.argv.clone(), root, ports)
 }
 
 /// The guest's root in the making.
@@ -239,16 +259,72 @@ fn record(spec: &RunSpec, name: &str) -> Record {
 struct Root {
     archive: Archive,
     shares: Vec<ShareSpec>,
+    /// The only disk, and what its file system is.
+    disk: Option<BlockSpec>,
+    file_system: Option<&'static str>,
     mounts: Vec<Mount>,
+    /// What an image says of its command.
+    config: Config,
     /// Where the command starts unless it says so itself.
     workdir: Option<String>,
 }
 
 impl Root {
-    /// A folder under a throw-away layer.
-    fn of_folder(&mut self, path: &Path) {
+    /// The root that is asked for, with the volumes in it.
+    fn of(spec: &RunSpec) -> anyhow::Result<Self> {
+        let mut root = Self::default();
+        root.archive.file("init", 0o755, AGENT)?;
+        root.archive.character_device("dev/console", CONSOLE.0, CONSOLE.1)?;
+        let mut above = NEW_ROOT;
+        match spec {
+            RunSpec { rootfs: Some(path), .. } => {
+                root.mount("upper", "/upper", "tmpfs", "mode=755");
+                root.layered(path, "root", NEW_ROOT);
+            }
+            RunSpec { image: Some(reference), .. } => root.of_image(reference)?,
+            RunSpec { disk: Some(disk), .. } => root.of_disk(disk)?,
+            _ => {
+                root.of_host(spec)?;
+                above = "";
+            }
+        }
+        for volume in &spec.volumes {
+            root.share(&volume.host, &format!("{above}{}", volume.guest), volume.readonly);
+        }
+        Ok(root)
+    }
+
+    /// A container image under a throw-away layer.
+    fn of_image(&mut self, reference: &str) -> anyhow::Result<()> {
+        let image::Image { path, config, .. } = image::get(reference)?;
+        self.config = config;
+        self.disk_below("squashfs");
+        self.file_system = Some("squashfs");
+        self.disk = Some(BlockSpec { path, readonly: true, ..BlockSpec::default() });
+        Ok(())
+    }
+
+    /// The file system of a disk, under a throw-away layer if the guest cannot write to it.
+    fn of_disk(&mut self, disk: &BlockSpec) -> anyhow::Result<()> {
+        let file_system = if disk.format == Some(Format::Qcow2) { "ext4" } else { image::file_system(&disk.path)? };
+        if disk.readonly {
+            self.disk_below(file_system);
+        } else {
+            self.mount(DISK, NEW_ROOT, file_system, "");
+        }
+        self.disk = Some(disk.clone());
+        self.file_system = Some(file_system);
+        Ok(())
+    }
+
+    /// The disk's file system, which cannot be changed, with what the guest writes on top.
+    fn disk_below(&mut self, file_system: &str) {
         self.mount("upper", "/upper", "tmpfs", "mode=755");
-        self.layered(path, "root", NEW_ROOT);
+        self.mount(DISK, "/lower/root", file_system, "");
+        if let Some(mount) = self.mounts.last_mut() {
+            mount.flags.push(MountFlag::Ro);
+        }
+        self.overlay("root", NEW_ROOT);
     }
 
     /// The host's own programs, and the folder that we are in.
@@ -285,9 +361,13 @@ impl Root {
             cache: Cache::Always,
             ..ShareSpec::default()
         });
-        let lower = format!("/lower/{tag}");
-        self.mount(tag, &lower, "virtiofs", "");
-        let layers = format!("lowerdir={lower},upperdir=/upper/{tag},workdir=/upper/.{tag}");
+        self.mount(tag, &format!("/lower/{tag}"), "virtiofs", "");
+        self.overlay(tag, target);
+    }
+
+    /// What is mounted below, with what the guest writes on top.
+    fn overlay(&mut self, tag: &str, target: &str) {
+        let layers = format!("lowerdir=/lower/{tag},upperdir=/upper/{tag},workdir=/upper/.{tag}");
         self.mount("overlay", target, "overlay", &layers);
     }
 

@@ -54,7 +54,7 @@ impl ExecArgs {
         let machine = Machine::running(&self.name)?;
         let program = Program {
             argv: self.command.clone(),
-            env: environment(&self.env, self.tty),
+            env: environment([], &self.env, self.tty),
             cwd: self.workdir.clone(),
             user: self.user.clone(),
         };

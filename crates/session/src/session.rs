@@ -189,6 +189,8 @@ impl Shared {
     fn end(&self, end: anyhow::Result<u8>) {
         let mut state = self.lock();
         state.terminal = None;
+        // What is left of the command is to hear that nobody listens.
+        state.agent = None;
         state.end = Some(end);
         drop(state);
         self.changed.notify_all();
