@@ -11,14 +11,17 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use api::Server;
 use boot::cache::Cache;
+use devices::Starter;
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use kvm::Host;
 use machine::{
-    BootTimer, ConfigError, ControlError, ControlRequest, Live, OnEnd, Outcome, Paused, Surroundings, VmConfig,
+    AtStart, BootTimer, ConfigError, ControlError, ControlRequest, Live, OnEnd, Outcome, Paused, Surroundings, VmConfig,
 };
+use sandbox::{Mode, confine_thread};
 use session::{PASSED_ON, Session};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use crate::confine::{self, Around};
 use crate::consoles::{Consoles, EventLoop};
 use crate::exit::{Usage, code_of_outcome, code_of_signal};
 use crate::folders::{Api, Folders};
@@ -33,11 +36,12 @@ const MOST_PASSED_ON: u32 = 3;
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// Boots what `config` describes, and listens at the socket of `api` for what is asked of it. Returns when the guest has ended
-/// for good, or the command of `session`, without which a guest's end is an error.
+/// for good, or the command of `session`, without which a guest's end is an error. The process stays confined.
 pub(crate) fn boot(
     config: &VmConfig,
     api: Option<Api<'_>>,
     session: Option<&Session>,
+    sandbox: Mode,
     start: Instant,
 ) -> anyhow::Result<ExitCode> {
     let mut config = config.clone();
@@ -49,9 +53,12 @@ pub(crate) fn boot(
     std::fs::write("/proc/self/comm", &name).context("Cannot name the process")?;
     let host = Host::open(Path::new(Host::DEVICE)).map_err(ConfigError::from)?;
     let cache = if config.no_kernel_cache { None } else { Cache::of_user() };
-    let mut main_loop = MainLoop::new(&config, api, session)?;
+    let starter = if sandbox == Mode::Off { None } else { Starter::fork(&config.devices)? };
+    let consoles = MainLoop::open_consoles(&config)?;
+    confine::confine(sandbox, &config, &Around { cache: cache.as_ref(), api: api.as_ref(), session })?;
+    let mut main_loop = MainLoop::new(consoles, api, session)?;
     if let Some(session) = session {
-        session.start()?;
+        session.start(|| confine_thread("session"))?;
     }
     loop {
         let paused = {
@@ -64,6 +71,8 @@ pub(crate) fn boot(
                 cache: cache.as_ref(),
                 timer: &timer,
                 ended: &main_loop.ended,
+                starter: starter.as_ref(),
+                threads: AtStart { vcpu: || confine_thread("vcpu"), io: || confine_thread("io") },
             };
             Paused::build(&config, &around)?
         };
@@ -159,10 +168,18 @@ struct MainLoop<'a> {
 }
 
 impl<'a> MainLoop<'a> {
-    fn new(config: &VmConfig, api: Option<Api<'_>>, session: Option<&'a Session>) -> anyhow::Result<Self> {
+    /// Opens the consoles, and gives what says that the user typed Ctrl-A x.
+    fn open_consoles(config: &VmConfig) -> anyhow::Result<(Consoles, Arc<AtomicBool>)> {
         let quit = Arc::new(AtomicBool::new(false));
         let asked = quit.clone();
-        let consoles = Consoles::open(config, move || asked.store(true, Ordering::Relaxed))?;
+        Ok((Consoles::open(config, move || asked.store(true, Ordering::Relaxed))?, quit))
+    }
+
+    fn new(
+        (consoles, quit): (Consoles, Arc<AtomicBool>),
+        api: Option<Api<'_>>,
+        session: Option<&'a Session>,
+    ) -> anyhow::Result<Self> {
         let others: &[i32] = if session.is_some() { &PASSED_ON } else { &[] };
         let signals = Signals::block(others).context("Cannot receive signals")?;
         kvm::install_kick_handler()?;
@@ -172,7 +189,7 @@ impl<'a> MainLoop<'a> {
         events.add_subscriber(signals.clone());
         // Its thread is to have the signals blocked, too.
         let server = api
-            .map(|Api { socket, folders }| Ok((Server::listen(socket)?, folders)))
+            .map(|Api { socket, folders }| Ok((Server::listen(socket, || confine_thread("api"))?, folders)))
             .transpose()
             .map_err(|error: anyhow::Error| Usage(format!("{error:#}")))?;
         let called = server.as_ref().map(|(server, _)| server.called()).into_iter().chain(session.map(Session::ended));

@@ -13,7 +13,11 @@ pub(crate) const TABLE: &str = "\
   4        the guest's kernel panicked (with --on-panic exit)
   5        the guest crashed with a triple fault
   6        KVM cannot go on with the guest
+  7        the sandbox stopped vmm (see --sandbox)
   128+N    signal N ended the guest before it powered off";
+
+/// The exit code of a process that the sandbox stops.
+pub(crate) const STOPPED: u8 = 7;
 
 /// A mistake of the user's that has no type of its own.
 #[derive(Debug, thiserror::Error)]

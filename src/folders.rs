@@ -39,6 +39,11 @@ impl Folders {
         Ok(Self(paths.iter().map(folder).collect::<anyhow::Result<_>>()?))
     }
 
+    /// Where they are.
+    pub(crate) fn paths(&self) -> impl Iterator<Item = &Path> {
+        self.0.iter().map(|(path, _)| path.as_path())
+    }
+
     /// Opens the file that a request names, if it names one. The one that is in the drive need not be opened again.
     ///
     /// # Errors

@@ -4,6 +4,7 @@ mod backtrace;
 mod boot;
 mod check;
 mod cli;
+mod confine;
 mod consoles;
 mod exit;
 mod folders;

@@ -79,9 +79,13 @@ fn a_guest_without_acpi_finds_its_disk_on_the_command_line() {
     assert_eq!(read_at(&image, 0, pattern(1).len()), pattern(1));
 }
 
-/// The processes that a machine has started.
-fn children(guest: &Guest) -> Vec<Pid> {
-    let tasks = fs::read_dir(format!("/proc/{}/task", guest.vmm.pid().as_raw_nonzero())).expect("it runs");
+/// The processes that a machine's starter has started.
+fn helpers(guest: &Guest) -> Vec<Pid> {
+    children(guest.vmm.pid()).into_iter().flat_map(children).collect()
+}
+
+fn children(process: Pid) -> Vec<Pid> {
+    let tasks = fs::read_dir(format!("/proc/{}/task", process.as_raw_nonzero())).expect("it runs");
     let children = tasks.flat_map(|task| {
         let children = fs::read_to_string(task.expect("it runs").path().join("children")).unwrap_or_default();
         children.split_whitespace().map(|pid| pid.parse().expect("a number")).collect::<Vec<i32>>()
@@ -115,7 +119,7 @@ fn shared_folders(transport: &str) {
     assert_eq!(sum(&fs::read(fixed.join("there")).expect("it is there")), sum(&pattern(7)));
 
     // What a guest has asked of one that stands still ends in an error when that dies.
-    let servers = children(&guest);
+    let servers = helpers(&guest);
     assert_eq!(servers.len(), 2);
     for server in &servers {
         kill_process(*server, Signal::STOP).expect("it runs");
@@ -135,7 +139,7 @@ fn shared_folders(transport: &str) {
     guest.ask("echo again > /open/again && ! touch /fixed/new 2>/dev/null");
     assert_eq!(fs::read_to_string(open.join("again")).expect("the guest has made it"), "again\n");
 
-    let servers = children(&guest);
+    let servers = helpers(&guest);
     assert_eq!(servers.len(), 2);
     guest.vmm.signal(Signal::KILL);
     guest.vmm.wait();

@@ -23,7 +23,7 @@ use crate::{apt, assets, setup};
 /// Seconds that one test executable may take; the slowest takes some three minutes on an idle machine.
 const TIME_LIMIT: u64 = 12 * 60;
 /// Those whose guests are a few instructions long, which any KVM can run.
-const ANY_KVM: [&str; 4] = ["bad_devices", "bad_input", "control", "tiny"];
+const ANY_KVM: [&str; 5] = ["bad_devices", "bad_input", "control", "sandbox", "tiny"];
 /// Those whose guests have several processors: on one processor a guest's wait for each other, and for nothing else.
 const SEVERAL_PROCESSORS: [&str; 1] = ["smp"];
 /// Those that take minutes.

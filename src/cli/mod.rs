@@ -20,6 +20,7 @@ use devices::console::SerialSpec;
 use log::LevelFilter;
 use machine::{CpusSpec, VmConfig};
 use memory::MemorySpec;
+use sandbox::Mode;
 
 use crate::exit::{TABLE, Usage};
 use crate::folders::{Api, Folders};
@@ -54,6 +55,16 @@ struct BootArgs {
     /// A folder whose files may be named at the socket; without it, they are sent as descriptors, as vmm ctl does
     #[arg(long, value_name = "PATH", requires = "api_socket", help_heading = "The machine")]
     api_folder: Vec<PathBuf>,
+
+    /// How strictly the process is confined
+    #[arg(
+        long,
+        value_name = "on|report|off",
+        default_value = "on",
+        hide_possible_values = true,
+        help_heading = "The sandbox"
+    )]
+    sandbox: Mode,
 
     /// What is logged: off, error, warn, info, debug or trace
     #[arg(long, value_name = "LEVEL", default_value = "warn", help_heading = "The log")]
@@ -144,7 +155,7 @@ pub(crate) fn run(start: Instant) -> anyhow::Result<ExitCode> {
     };
     match command {
         None => {
-            let BootArgs { machine, config, api_socket, api_folder, log_level, log_file } = boot;
+            let BootArgs { machine, config, api_socket, api_folder, sandbox, log_level, log_file } = boot;
             crate::logger::start(log_level, log_file.as_deref())?;
             let machine = match config {
                 Some(path) => machine.over(file::read(&path)?),
@@ -152,7 +163,7 @@ pub(crate) fn run(start: Instant) -> anyhow::Result<ExitCode> {
             };
             let folders = Folders::open(&api_folder)?;
             let api = api_socket.as_deref().map(|socket| Api { socket, folders });
-            crate::boot::boot(&machine, api, None, start)
+            crate::boot::boot(&machine, api, None, sandbox, start)
         }
         Some(Command::Check { json }) => Ok(crate::check::run(json)),
         Some(Command::Ctl(args)) => ctl::run(&args),

@@ -4,7 +4,6 @@
 use std::fs::OpenOptions;
 use std::io::{self, BufRead as _, BufReader, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
-use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
 
 use anyhow::Context as _;
@@ -38,19 +37,17 @@ pub(super) fn session(plan: &Plan) -> anyhow::Result<Session> {
     // Whoever started us may be the leader of our group already; a signal for its terminal is not for us.
     let _ = rustix::process::setsid();
     let files = plan.folder.files();
-    let (name, log) = (plan.name.clone(), files.log());
+    let name = plan.name.clone();
+    // Opened now: later the process may open nothing.
+    let nowhere = OpenOptions::new().write(true).open("/dev/null").context("cannot open /dev/null")?;
+    let log =
+        OpenOptions::new().create(true).append(true).mode(0o600).open(files.log()).context("cannot make a log")?;
     let ready = move || {
         let mut output = io::stdout();
         writeln!(output, "{name}").and_then(|()| output.flush()).context("nobody waits for the machine any more")?;
-        leave(&log)
+        rustix::stdio::dup2_stderr(log).context("cannot take leave of standard error")?;
+        rustix::stdio::dup2_stdout(nowhere).context("cannot take leave of standard output")
     };
     let log = (OutputLog::create(files.output())?, Box::new(ready) as Ready);
     Session::listen(files, plan.setup.clone(), plan.exec.clone(), Some(log))
-}
-
-fn leave(log: &Path) -> anyhow::Result<()> {
-    let nowhere = OpenOptions::new().write(true).open("/dev/null").context("cannot open /dev/null")?;
-    let log = OpenOptions::new().create(true).append(true).mode(0o600).open(log).context("cannot make a log")?;
-    rustix::stdio::dup2_stderr(log).context("cannot take leave of standard error")?;
-    rustix::stdio::dup2_stdout(nowhere).context("cannot take leave of standard output")
 }

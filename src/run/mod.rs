@@ -36,7 +36,7 @@ fn try_run(spec: &RunSpec, start: Instant) -> anyhow::Result<ExitCode> {
     } else {
         Session::listen(plan.folder.files(), plan.setup.clone(), plan.exec.clone(), None)?
     };
-    let machine = crate::boot::boot(&plan.machine, None, Some(&session), start);
+    let machine = crate::boot::boot(&plan.machine, None, Some(&session), plan.sandbox, start);
     let console = plan.folder.files().last_console_lines();
     let ended = session.finish();
     if spec.behind && !spec.rm && session.has_started() {

@@ -21,6 +21,7 @@ use guest::request::{Address, Exec, Interface, Mount, MountFlag, Program, Setup}
 use machine::{CpusSpec, OnEnd, VmConfig};
 use memory::MemorySpec;
 use rustix::fs::{MemfdFlags, memfd_create};
+use sandbox::Mode;
 use session::{Folder, Record, Variable, environment, terminal_size};
 
 use super::image::Config;
@@ -99,6 +100,9 @@ pub(crate) struct RunSpec {
     /// This is the process of a detached machine
     #[arg(long, hide = true)]
     pub(super) behind: bool,
+    /// How strictly the process is confined
+    #[arg(long, value_name = "on|report|off", default_value = "on", hide_possible_values = true)]
+    sandbox: Mode,
     /// The command and its arguments; an image may have its own
     #[arg(required_unless_present = "image", last = true, value_name = "COMMAND")]
     command: Vec<String>,
@@ -144,6 +148,7 @@ pub(crate) struct Plan {
     pub(crate) setup: Setup,
     pub(crate) exec: Exec,
     pub(crate) folder: Folder,
+    pub(crate) sandbox: Mode,
     /// The machine's initramfs, which its configuration names by its descriptor.
     _initramfs: File,
 }
@@ -193,7 +198,7 @@ impl Plan {
             clock: u64::try_from(clock).unwrap_or_default(),
             ..Setup::default()
         };
-        Ok(Self { name, machine, setup, exec, folder, _initramfs: initramfs })
+        Ok(Self { name, machine, setup, exec, folder, sandbox: spec.sandbox, _initramfs: initramfs })
     }
 }
 

@@ -8,6 +8,7 @@
 pub(crate) mod devices;
 pub(crate) mod elf;
 pub(crate) mod guest;
+pub(crate) mod inject;
 pub(crate) mod machine;
 pub(crate) mod names;
 pub(crate) mod packet;

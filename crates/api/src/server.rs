@@ -82,12 +82,13 @@ impl Call {
 }
 
 impl Server {
-    /// Makes the socket, which only this user can connect to, and starts the thread.
+    /// Makes the socket, which only this user can connect to, and starts the thread, which calls
+    /// `at_start` first.
     ///
     /// # Errors
     ///
     /// What is wrong with the path; or the host has no room for a thread and four descriptors.
-    pub fn listen(path: &Path) -> anyhow::Result<Self> {
+    pub fn listen(path: &Path, at_start: fn()) -> anyhow::Result<Self> {
         let eventfd = |flags| EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC | flags).context("Cannot make an eventfd");
         let (called, wake) = (eventfd(EFD_SEMAPHORE)?, Arc::new(eventfd(0)?));
         let (sender, messages) = channel();
@@ -107,7 +108,10 @@ impl Server {
         };
         event_loop.watch(&event_loop.listener, LISTENER).context("Cannot watch the control socket")?;
         event_loop.watch(&*mailbox.wake, WAKE).context("Cannot watch an eventfd")?;
-        let thread = Builder::new().name("api".into()).spawn(move || event_loop.run());
+        let thread = Builder::new().name("api".into()).spawn(move || {
+            at_start();
+            event_loop.run();
+        });
         let thread = Some(thread.context("Cannot start the control socket's thread")?);
         Ok(Self { calls, called, mailbox, thread, path: path.to_owned(), file: identity(path) })
     }

@@ -108,6 +108,11 @@ impl Cache {
         Ok(Self { dir })
     }
 
+    /// Where it is.
+    pub fn folder(&self) -> &Path {
+        &self.dir
+    }
+
     /// The entry of a file that has not changed since [`Cache::remember`].
     pub(crate) fn find_file(&self, identity: &Identity) -> Option<Entry> {
         let target = fs::read_link(self.dir.join(&identity.name)).ok()?;

@@ -41,7 +41,7 @@ fn check_all(transport: Transport) {
     let mut suite = Suite { transport, saved: BTreeMap::new(), checked: 0 };
     // The second round begins with what the first has saved.
     for round in 1..=2 {
-        devices.attach(None, &mut suite).unwrap();
+        devices.attach(None, None, &mut suite).unwrap();
         let console = Console::open_hvc(&SerialSpec::Off, Box::new(|| ())).unwrap();
         suite.attach("console".into(), None, console.attach_hvc()).unwrap();
         assert_eq!(suite.checked, round * (lengths.iter().sum::<usize>() + 1));

@@ -72,7 +72,7 @@ impl AsRawFd for Backoff {
 }
 
 /// What a program says on its standard error. It never waits for us to listen.
-pub(crate) struct Words(UnixStream);
+pub(crate) struct Words(pub(crate) UnixStream);
 
 impl Words {
     /// Ours, and the program's end.

@@ -22,6 +22,7 @@ use crate::fs::{Fs, ShareSpec};
 use crate::net::{Net, NetSpec};
 use crate::pmem::{self, Pmem, PmemSpec};
 use crate::rng::{Rng, RngSpec};
+use crate::starter::{Launched, Starter};
 use crate::vsock::{Vsock, VsockSpec};
 
 /// The devices of one machine, as asked for. Each list can be as long as the machine has places.
@@ -78,6 +79,9 @@ pub struct Devices {
     pub balloon: Vec<BalloonSpec>,
 }
 
+/// Starts a helper.
+pub(crate) type Launch<'a> = Box<dyn Fn() -> anyhow::Result<Launched> + 'a>;
+
 /// A machine that devices are attached to.
 pub trait Attach {
     /// Attaches a device, in the machine's own way unless `transport` is another; `name` is what the log calls it. Gives the
@@ -132,6 +136,15 @@ impl Devices {
         disks.chain(pmems).chain(sockets).chain(peers).chain(self.share.iter_mut().map(|share| &mut share.path))
     }
 
+    /// The devices with helpers, by their names, and what starts those.
+    pub(crate) fn helpers(&self) -> Vec<(String, Launch<'_>)> {
+        let nets = self.net.iter().filter(|net| net.is_user());
+        let nets = nets.map(|net| (net.id(), Box::new(|| Net::launch(net)) as Launch<'_>));
+        let shares =
+            self.share.iter().map(|share| (share.id().to_owned(), Box::new(|| Fs::launch(share)) as Launch<'_>));
+        nets.chain(shares).collect()
+    }
+
     /// Whether other processes have to map the guest's memory.
     pub fn share_memory(&self) -> bool {
         !self.share.is_empty() || self.net.iter().any(|net| net.vhost_user.is_some())
@@ -177,13 +190,18 @@ impl Devices {
         names
     }
 
-    /// Makes the devices and attaches them, in the order of this list. `vm` is the machine's name. Gives what they can
-    /// be reached by.
+    /// Makes the devices and attaches them, in the order of this list. `vm` is the machine's name; `starter` starts their
+    /// helpers, where it is not this process that does. Gives what they can be reached by.
     ///
     /// # Errors
     ///
     /// What was asked for cannot be had; two were given the same name; the machine has no place for one.
-    pub fn attach(&self, vm: Option<&str>, to: &mut impl Attach) -> anyhow::Result<Controls> {
+    pub fn attach(
+        &self,
+        vm: Option<&str>,
+        starter: Option<&Starter>,
+        to: &mut impl Attach,
+    ) -> anyhow::Result<Controls> {
         let devices = self.named()?;
         let mut controls = Controls::default();
         for spec in &devices.disk {
@@ -197,7 +215,7 @@ impl Devices {
             to.attach(format!("pmem {}", spec.id()), spec.transport, Pmem::new(file, address))?;
         }
         for spec in &devices.net {
-            let device = Net::open(spec, vm)?;
+            let device = Net::open(spec, vm, starter)?;
             to.attach(format!("net {}", device.id()), spec.transport, device)?;
         }
         for spec in &devices.rng {
@@ -211,7 +229,7 @@ impl Devices {
             bail!("Two shared folders have tag={}: a guest could mount only one of them, say another", share.tag);
         }
         for spec in &devices.share {
-            let device = Fs::open(spec)?;
+            let device = Fs::open(spec, starter)?;
             to.attach(format!("share {}", device.id()), spec.transport, device)?;
         }
         for spec in &devices.balloon {

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use boot::{Cmdline, KernelSpec};
 use devices::console::SerialSpec;
-use devices::{Devices, Transport};
+use devices::{Devices, Files, Transport};
 use memory::MemorySpec;
 use serde::{Deserialize, Serialize};
 
@@ -115,6 +115,23 @@ impl VmConfig {
             None if virtio == SerialSpec::Stdio => Ok((SerialSpec::Off, virtio)),
             serial => Ok((serial.clone().unwrap_or_default(), virtio)),
         }
+    }
+
+    /// The files that a machine of this description opens.
+    pub fn files(&self) -> Files {
+        let mut files = self.devices.files();
+        let kernel = self.kernel.iter().map(|kernel| &kernel.path);
+        files.read.extend(kernel.chain(&self.initrd).cloned());
+        for console in self.serial.iter().chain(&self.console) {
+            match console {
+                SerialSpec::Off | SerialSpec::Stdio => {}
+                SerialSpec::File(file) => files.made.push(file.path.clone()),
+                // Their names go at the end.
+                SerialSpec::Pty(pty) => files.sockets.extend(pty.link.clone()),
+                SerialSpec::Socket(socket) => files.sockets.push(socket.path.clone()),
+            }
+        }
+        files
     }
 
     /// Has the paths of files count from `folder`, where they are relative.

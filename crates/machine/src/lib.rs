@@ -20,6 +20,6 @@ pub use control::{ControlError, ControlReply, ControlRequest, Live, State};
 pub use counts::ExitCounts;
 pub use cpus::{CpusSpec, HostCpus};
 pub use error::ConfigError;
-pub use machine::{Paused, Running, Surroundings};
+pub use machine::{AtStart, Paused, Running, Surroundings};
 pub use outcome::Outcome;
 pub use timer::BootTimer;

@@ -13,7 +13,7 @@ use bus::{Bus, EndLatch};
 use devices::console::{Console, VirtioConsole};
 use devices::legacy::power::{PowerButton, RESET, SLEEP_CONTROL, SLEEP_STATUS};
 use devices::legacy::{Platform, Wiring};
-use devices::{Attach, Controls, hvc};
+use devices::{Attach, Controls, Starter, hvc};
 use kvm::x86::cpuid::{CpuidSpec, Template};
 use kvm::x86::msr::boot_msrs;
 use kvm::x86::regs::Entry;
@@ -45,6 +45,19 @@ pub struct Surroundings<'a> {
     pub timer: &'a Arc<BootTimer>,
     /// Written when the guest has ended.
     pub ended: &'a EventFd,
+    /// What starts the helpers of devices, where that is another process.
+    pub starter: Option<&'a Starter>,
+    /// What the threads that run for the guest do first.
+    pub threads: AtStart,
+}
+
+/// What threads do first, such as to confine themselves.
+#[derive(Clone, Copy)]
+pub struct AtStart {
+    /// Those of processors.
+    pub vcpu: fn(),
+    /// Those of devices.
+    pub io: fn(),
 }
 
 /// A machine whose processors do not run.
@@ -67,6 +80,8 @@ struct Machine {
     shared: Arc<Shared>,
     /// The host processor for each virtual one, where they are pinned.
     pins: Vec<Option<usize>>,
+    /// What a processor's thread does first.
+    at_start: fn(),
     /// Whether this guest's panics can be told from its restarts.
     panics_are_warm: bool,
     _vm: Vm,
@@ -98,8 +113,9 @@ impl Paused {
             console: around.console,
             line: &|gsi| lines.add(gsi),
         })?;
-        let mut slots = Slots::new(config.transport.unwrap_or_default(), &ram, &lines, address_bits);
-        let controls = config.devices.attach(config.name.as_deref(), &mut slots).map_err(ConfigError::of_device)?;
+        let mut slots = Slots::new(config.transport.unwrap_or_default(), &ram, &lines, address_bits, around.threads.io);
+        let attached = config.devices.attach(config.name.as_deref(), around.starter, &mut slots);
+        let controls = attached.map_err(ConfigError::of_device)?;
         let mut parameters = vec![platform.kernel_parameters];
         if let Some(console) = around.virtio_console {
             slots.attach("console".into(), None, console.attach_hvc())?;
@@ -109,20 +125,10 @@ impl Paused {
         dsdt.extend(slots.aml());
         parameters.extend(slots.kernel_parameters());
         let cmdline = config.cmdline.clone().unwrap_or_default().line(&parameters.join(" "));
-        let sources = Sources {
-            kernel,
-            initrd: config.initrd.as_deref(),
-            cmdline: &cmdline,
-            acpi: &AcpiSpec {
-                vcpus: count.get(),
-                dsdt,
-                pci: slots.has_pci(),
-                sleep_control: SLEEP_CONTROL,
-                sleep_status: SLEEP_STATUS,
-                reset: RESET,
-            },
-            cache: around.cache,
-        };
+        let (sleep_control, sleep_status, reset) = (SLEEP_CONTROL, SLEEP_STATUS, RESET);
+        let acpi = AcpiSpec { vcpus: count.get(), dsdt, pci: slots.has_pci(), sleep_control, sleep_status, reset };
+        let sources =
+            Sources { kernel, initrd: config.initrd.as_deref(), cmdline: &cmdline, acpi: &acpi, cache: around.cache };
         // KVM_CREATE_VM waits until no processor of the host is in an RCU section any more, ten
         // milliseconds and longer. The kernel is loaded meanwhile.
         let (mut vm, start) = thread::scope(|scope| {
@@ -157,6 +163,7 @@ impl Paused {
             controls,
             shared: Arc::new(shared),
             pins: pins.collect(),
+            at_start: around.threads.vcpu,
             panics_are_warm: tells_panics_apart(&cmdline),
             _vm: vm,
         };
@@ -170,7 +177,7 @@ impl Paused {
         vcpus.iter().for_each(Vcpu::excuse_pause);
         let mut processors = Processors { threads: Vec::with_capacity(vcpus.len()), shared: machine.shared.clone() };
         for (vcpu, pin) in vcpus.into_iter().zip(&machine.pins) {
-            let thread = VcpuThread::spawn(vcpu, machine.shared.clone(), *pin);
+            let thread = VcpuThread::spawn(vcpu, machine.shared.clone(), *pin, machine.at_start);
             processors.threads.push(thread.context("Cannot start a processor's thread")?);
         }
         Ok(Running { processors, machine })

@@ -41,6 +41,8 @@ pub(crate) struct Slots<'a> {
     /// Files that are guest memory, and the addresses that are left for more.
     files: Vec<(u64, Arc<FileRegion>)>,
     free: Range<u64>,
+    /// What each I/O thread does first.
+    at_start: fn(),
     /// How many devices there are, and how many of them have memory-mapped registers.
     attached: u32,
     mapped: u32,
@@ -51,7 +53,7 @@ pub(crate) struct Slots<'a> {
 
 impl<'a> Slots<'a> {
     /// No place is taken yet.
-    pub(crate) fn new(transport: Transport, ram: &Ram, lines: &'a Lines, address_bits: u8) -> Self {
+    pub(crate) fn new(transport: Transport, ram: &Ram, lines: &'a Lines, address_bits: u8, at_start: fn()) -> Self {
         let size = ram.iter().map(GuestMemoryRegion::len).sum();
         let bars64 = layout::pci_bars64(size, address_bits);
         Self {
@@ -65,6 +67,7 @@ impl<'a> Slots<'a> {
             doorbells: Vec::new(),
             files: Vec::new(),
             free: layout::file_regions(size, address_bits),
+            at_start,
             attached: 0,
             mapped: 0,
             aml: Vec::new(),
@@ -172,7 +175,7 @@ impl Attach for Slots<'_> {
         transport: Option<Transport>,
         device: D,
     ) -> anyhow::Result<Handle<D>> {
-        let io_thread = IoThread::spawn(self.attached).context("Cannot start an I/O thread")?;
+        let io_thread = IoThread::spawn(self.attached, self.at_start).context("Cannot start an I/O thread")?;
         let wiring = Wiring { memory: self.memory.clone(), io_thread, name };
         let handle = match transport.unwrap_or(self.transport) {
             Transport::Pci => self.attach_pci(device, wiring)?,
@@ -233,9 +236,9 @@ mod tests {
     /// The places of a machine with the devices of these flags.
     fn with_places<T>(rngs: &[&str], transport: Transport, look: impl FnOnce(&Slots<'_>) -> T) -> T {
         let (ram, lines) = (MemorySpec::default().map().unwrap(), Lines::default());
-        let mut slots = Slots::new(transport, &ram, &lines, 40);
+        let mut slots = Slots::new(transport, &ram, &lines, 40, || ());
         let rng = rngs.iter().map(|text| kv::from_str(text).unwrap()).collect();
-        Devices { rng, ..Devices::default() }.attach(None, &mut slots).unwrap();
+        Devices { rng, ..Devices::default() }.attach(None, None, &mut slots).unwrap();
         look(&slots)
     }
 

@@ -71,7 +71,7 @@ fn wait(session: &Session) -> anyhow::Result<u8> {
     for descriptor in [signals.as_fd().as_raw_fd(), session.ended().as_raw_fd()] {
         epoll.ctl(ControlOperation::Add, descriptor, EpollEvent::new(EventSet::IN, 0)).context("cannot wait")?;
     }
-    session.start()?;
+    session.start(|| ())?;
     while !session.has_ended() {
         for signal in signals.receive() {
             match signal {

@@ -124,7 +124,12 @@ impl Drop for Folder {
 #[derive(Clone, Copy)]
 pub struct Files<'a>(&'a Path);
 
-impl Files<'_> {
+impl<'a> Files<'a> {
+    /// The folder that they are in.
+    pub fn folder(self) -> &'a Path {
+        self.0
+    }
+
     /// The socket by which the host reaches the guest.
     pub fn vsock(self) -> PathBuf {
         self.0.join("vsock")

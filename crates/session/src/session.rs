@@ -5,6 +5,7 @@
 
 use std::io::{self, Read as _, Write as _};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::thread;
 
@@ -30,6 +31,7 @@ pub struct Session {
     shared: Arc<Shared>,
     /// What the thread that talks to the agent begins with.
     start: Mutex<Option<Start>>,
+    folder: Option<PathBuf>,
 }
 
 struct Start {
@@ -104,7 +106,8 @@ impl Session {
         let path = files.guests_port(HOST_PORT);
         let listener = UnixListener::bind(&path).with_context(|| format!("cannot listen at {}", path.display()))?;
         let output = log.map_or(Output::Streams, |(log, ready)| Output::Log(log, Some(ready)));
-        Self::new(Way::Listen(listener, setup), exec, output)
+        let session = Self::new(Way::Listen(listener, setup), exec, output)?;
+        Ok(Self { folder: Some(files.folder().to_owned()), ..session })
     }
 
     /// One more command, by a connection to the agent of a guest that runs.
@@ -115,7 +118,12 @@ impl Session {
     fn new(way: Way, exec: Exec, output: Output) -> anyhow::Result<Self> {
         let ended = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).context("cannot make an eventfd")?;
         let shared = Shared { state: Mutex::default(), changed: Condvar::new(), ended };
-        Ok(Self { shared: Arc::new(shared), start: Mutex::new(Some(Start { way, exec, output })) })
+        Ok(Self { shared: Arc::new(shared), start: Mutex::new(Some(Start { way, exec, output })), folder: None })
+    }
+
+    /// The folder of its machine, if that is this process's.
+    pub fn folder(&self) -> Option<&Path> {
+        self.folder.as_deref()
     }
 
     /// Readable when the command has ended.
@@ -133,11 +141,13 @@ impl Session {
         self.shared.lock().started
     }
 
-    /// Begins to talk to the agent. The caller has blocked all signals that are not for that thread.
-    pub fn start(&self) -> anyhow::Result<()> {
+    /// Begins to talk to the agent, on a thread that calls `at_start` first. The caller has blocked all signals that are not
+    /// for that thread.
+    pub fn start(&self, at_start: fn()) -> anyhow::Result<()> {
         let Some(start) = self.start.lock().unwrap_or_else(PoisonError::into_inner).take() else { return Ok(()) };
         let shared = Arc::clone(&self.shared);
         let talk = move || {
+            at_start();
             let end = shared.talk(start);
             shared.end(end);
         };

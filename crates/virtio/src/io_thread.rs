@@ -42,18 +42,21 @@ enum Command {
 }
 
 impl IoThread {
-    /// Starts the thread `io-{number}`.
+    /// Starts the thread `io-{number}`, which calls `at_start` first.
     ///
     /// # Errors
     ///
     /// The host has no room for a thread or three descriptors.
-    pub fn spawn(number: u32) -> io::Result<Self> {
+    pub fn spawn(number: u32, at_start: fn()) -> io::Result<Self> {
         let wake = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
         let epoll = Epoll::new()?;
         epoll.ctl(ControlOperation::Add, wake.as_raw_fd(), EpollEvent::new(EventSet::IN, data(WAKE, 0)))?;
         let (sender, commands) = channel();
         let event_loop = Loop { epoll, wake: wake.try_clone()?, commands, entries: Vec::new() };
-        let thread = std::thread::Builder::new().name(format!("io-{number}")).spawn(move || event_loop.run())?;
+        let thread = std::thread::Builder::new().name(format!("io-{number}")).spawn(move || {
+            at_start();
+            event_loop.run();
+        })?;
         Ok(Self(Arc::new(Shared { commands: Mutex::new(sender), wake, thread: Some(thread) })))
     }
 

@@ -74,7 +74,7 @@ pub fn wiring() -> Wiring {
     let spec = MemorySpec { size: Size(RAM), shared: true, ..MemorySpec::default() };
     Wiring {
         memory: Arc::new(spec.map().expect("the host has address space")),
-        io_thread: IoThread::spawn(0).expect("the host has threads"),
+        io_thread: IoThread::spawn(0, || ()).expect("the host has threads"),
         name: "test".to_owned(),
     }
 }

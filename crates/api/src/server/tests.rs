@@ -29,7 +29,7 @@ impl Rig {
     /// A machine that has been paused, and says which files it is sent.
     fn new() -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let server = Server::listen(&folder.path().join("socket")).unwrap();
+        let server = Server::listen(&folder.path().join("socket"), || ()).unwrap();
         let (stop, stopped) = channel();
         let machine = move || {
             while stopped.try_recv().is_err() {
@@ -127,17 +127,17 @@ fn only_the_user_may_connect_and_the_socket_goes_with_its_server() {
 #[test]
 fn a_live_socket_is_refused_and_a_dead_one_replaced() {
     let rig = Rig::new();
-    let refused = Server::listen(&rig.path()).err().unwrap().to_string();
+    let refused = Server::listen(&rig.path(), || ()).err().unwrap().to_string();
     assert!(refused.contains("in use") && refused.contains("--api-socket"), "{refused}");
     rig.client().ask("GET", "/", None, None).unwrap();
     let dead = rig.folder.path().join("dead");
     drop(UnixListener::bind(&dead).unwrap());
-    let server = Server::listen(&dead).unwrap();
+    let server = Server::listen(&dead, || ()).unwrap();
     UnixStream::connect(&dead).unwrap();
     drop(server);
     assert!(!dead.exists());
     fs::write(&dead, "precious").unwrap();
-    assert!(Server::listen(&dead).err().unwrap().to_string().contains("is no socket"));
+    assert!(Server::listen(&dead, || ()).err().unwrap().to_string().contains("is no socket"));
     assert_eq!(fs::read(&dead).unwrap(), b"precious");
 }
 

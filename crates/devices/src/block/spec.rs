@@ -130,6 +130,11 @@ pub enum OnFull {
 }
 
 impl BlockSpec {
+    /// Whether the image may have others below it.
+    pub(crate) fn is_layered(&self) -> bool {
+        self.format == Some(Format::Qcow2)
+    }
+
     /// The name by which the disk is addressed while the VM runs.
     pub fn id(&self) -> String {
         let stem = || self.path.file_stem().map(OsStr::to_string_lossy).unwrap_or_default().into_owned();

@@ -29,6 +29,7 @@ pub use file::FileSpec;
 pub use pty::PtySpec;
 pub use socket::SocketSpec;
 pub use sys::stop_this_process;
+pub use terminal::restore as restore_terminal;
 
 use std::collections::VecDeque;
 use std::io::{self, ErrorKind};

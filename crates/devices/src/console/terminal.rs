@@ -152,7 +152,7 @@ const FATAL: [libc::c_int; 13] = [
 static ON_FAULT: OnceLock<Vec<(libc::c_int, libc::sigaction)>> = OnceLock::new();
 
 /// Puts the terminal back. It may run in a signal handler, so it only loads, compares and makes system calls.
-fn restore() {
+pub fn restore() {
     // SAFETY: the pointer is null, or leads to a Saved that is never freed.
     let saved = unsafe { SAVED.load(Ordering::Acquire).as_ref() };
     if let Some(saved) = saved {

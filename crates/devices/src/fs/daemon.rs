@@ -10,8 +10,8 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt as _;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::path::Path;
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
@@ -19,7 +19,8 @@ use anyhow::Context as _;
 
 use super::ShareSpec;
 use super::sandbox::{self, FOLDER};
-use crate::helper::{Backoff, Words, end};
+use crate::helper::{Backoff, Words};
+use crate::starter::{self, Helper, Launched};
 use crate::unix;
 use crate::vhost_user::Connection;
 
@@ -30,31 +31,27 @@ const PATIENCE: Duration = Duration::from_secs(10);
 pub(super) struct Daemon {
     /// What the log calls it.
     name: String,
-    program: PathBuf,
-    spec: ShareSpec,
+    helper: Helper,
     running: Option<Running>,
     /// When it is started again.
     pub(super) backoff: Backoff,
 }
 
 struct Running {
-    child: Child,
+    process: starter::Running,
     started: Instant,
     connection: Connection,
-    words: Words,
 }
 
 impl Daemon {
-    /// Starts it. It dies with the thread that does so, here and later.
+    /// Starts it.
     ///
     /// # Errors
     ///
     /// It does not run, or not as it should.
-    pub(super) fn open(program: &Path, spec: &ShareSpec) -> anyhow::Result<Self> {
-        let path = spec.path.canonicalize().with_context(|| format!("Cannot find {}", spec.path.display()))?;
+    pub(super) fn open(spec: &ShareSpec, helper: Helper) -> anyhow::Result<Self> {
         let backoff = Backoff::new().context("Cannot make a timer for virtiofsd")?;
-        let (name, spec) = (format!("Shared folder {}", spec.id()), ShareSpec { path, ..spec.clone() });
-        let mut daemon = Self { name, program: program.to_owned(), spec, running: None, backoff };
+        let mut daemon = Self { name: name(spec), helper, running: None, backoff };
         daemon.start()?;
         Ok(daemon)
     }
@@ -86,31 +83,14 @@ impl Daemon {
     }
 
     fn start(&mut self) -> anyhow::Result<()> {
-        let (listener, socket) = socket().context("Cannot make a socket for virtiofsd: set TMPDIR")?;
-        let (words, their_words) = Words::pair().context("Cannot make a socket for virtiofsd")?;
-        let ShareSpec { path, cache, readonly, .. } = &self.spec;
-        let mut command = Command::new(&self.program);
-        // One thread gives requests back in the order it has taken them in, so those that it owes at its end are known.
-        command.args(["--fd=0", "--thread-pool-size=1", "-o", "sandbox=chroot"]);
-        command.args(["-o", &format!("source={FOLDER}"), "-o", &format!("cache={}", cache.name())]).current_dir(path);
-        // What is typed at our terminal is not for it.
-        command.stdin(listener).stdout(Stdio::null()).stderr(their_words).process_group(0);
-        sandbox::confine(&mut command, *readonly);
         let started = Instant::now();
-        let cannot = format!("{}: cannot start {} on {}", self.name, self.program.display(), path.display());
-        let mut child = command.spawn().map_err(|error| match error.kind() {
-            ErrorKind::PermissionDenied => anyhow::anyhow!(
-                "{cannot}: {error}: this user may not make namespaces (see /proc/sys/user/max_user_namespaces)"
-            ),
-            _ => anyhow::anyhow!("{cannot}: {error}"),
-        })?;
-        // What the command holds of the sockets would keep the end of virtiofsd from us.
-        drop(command);
+        let mut process = self.helper.start()?;
+        let socket = process.socket.take().expect("it has just been started");
         match Connection::open(socket, PATIENCE) {
-            Ok(connection) => self.running = Some(Running { child, started, connection, words }),
+            Ok(connection) => self.running = Some(Running { process, started, connection }),
             Err(error) => {
-                end(&mut child);
-                anyhow::bail!("{cannot}: {error}{}", words.last());
+                process.end();
+                anyhow::bail!("{}: cannot start virtiofsd: {error}{}", self.name, process.words.last());
             }
         }
         Ok(())
@@ -119,8 +99,8 @@ impl Daemon {
     /// It has ended or lost its mind: clears away what is left, and sets the timer. Nothing of it runs any more.
     pub(super) fn lost(&mut self, why: &io::Error) {
         let Some(mut running) = self.running.take() else { return };
-        let status = end(&mut running.child);
-        let words = running.words.last();
+        let status = running.process.end();
+        let words = running.process.words.last();
         log::warn!("{}: virtiofsd has ended ({why}; {status}), it is started again{words}", self.name);
         self.backoff.schedule(running.started.elapsed());
     }
@@ -128,7 +108,7 @@ impl Daemon {
     /// Ends it.
     pub(super) fn end(&mut self) {
         if let Some(mut running) = self.running.take() {
-            end(&mut running.child);
+            running.process.end();
             // A guest that ends and starts it over and over waits for it, longer each time.
             self.backoff.schedule(running.started.elapsed());
         }
@@ -139,6 +119,33 @@ impl Drop for Daemon {
     fn drop(&mut self) {
         self.end();
     }
+}
+
+/// Starts `program` in virtiofsd's place. It dies with the thread that does so.
+pub(super) fn launch(program: &Path, spec: &ShareSpec) -> anyhow::Result<Launched> {
+    let path = spec.path.canonicalize().with_context(|| format!("Cannot find {}", spec.path.display()))?;
+    let (listener, socket) = socket().context("Cannot make a socket for virtiofsd: set TMPDIR")?;
+    let (words, their_words) = Words::pair().context("Cannot make a socket for virtiofsd")?;
+    let mut command = Command::new(program);
+    // One thread gives requests back in the order it has taken them in, so those that it owes at its end are known.
+    command.args(["--fd=0", "--thread-pool-size=1", "-o", "sandbox=chroot"]);
+    command.args(["-o", &format!("source={FOLDER}"), "-o", &format!("cache={}", spec.cache.name())]).current_dir(&path);
+    // What is typed at our terminal is not for it.
+    command.stdin(listener).stdout(Stdio::null()).stderr(their_words).process_group(0);
+    sandbox::confine(&mut command, spec.readonly);
+    let cannot = || format!("{}: cannot start {} on {}", name(spec), program.display(), path.display());
+    let child = command.spawn().map_err(|error| match error.kind() {
+        ErrorKind::PermissionDenied => anyhow::anyhow!(
+            "{}: {error}: this user may not make namespaces (see /proc/sys/user/max_user_namespaces)",
+            cannot()
+        ),
+        _ => anyhow::anyhow!("{}: {error}", cannot()),
+    })?;
+    Ok(Launched { child, socket, words })
+}
+
+fn name(spec: &ShareSpec) -> String {
+    format!("Shared folder {}", spec.id())
 }
 
 /// A socket that listens, under no name, and one that is connected to it.

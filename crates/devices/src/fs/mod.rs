@@ -24,12 +24,13 @@ mod tests;
 pub use handler::FsHandler;
 pub use spec::{Cache, ShareSpec};
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 use virtio::{Active, Kind, VirtQueue, VirtioDevice};
 
 use crate::helper;
+use crate::starter::{Helper, Launched, Starter};
 use daemon::Daemon;
 use spec::TAG_LENGTH;
 
@@ -50,18 +51,31 @@ pub struct Fs {
 }
 
 impl Fs {
-    /// Starts virtiofsd on the folder.
+    /// Starts virtiofsd on the folder, by `starter` where there is one.
     ///
     /// # Errors
     ///
     /// The user's: what is wrong with the folder or keeps virtiofsd from serving it, and what to do about it.
-    pub fn open(spec: &ShareSpec) -> anyhow::Result<Self> {
-        spec.validate()?;
-        let program = helper::find(PROGRAM, &ELSEWHERE);
-        Self::open_with(spec, program.as_deref())
+    pub fn open(spec: &ShareSpec, starter: Option<&Starter>) -> anyhow::Result<Self> {
+        let helper = match starter {
+            Some(starter) => Helper::Starter(starter.clone(), spec.id().to_owned()),
+            None => Self::helper(spec, helper::find(PROGRAM, &ELSEWHERE)),
+        };
+        Self::open_with(spec, helper)
     }
 
-    fn open_with(spec: &ShareSpec, program: Option<&Path>) -> anyhow::Result<Self> {
+    /// virtiofsd, or what is in its place.
+    fn helper(spec: &ShareSpec, program: Option<PathBuf>) -> Helper {
+        let spec = spec.clone();
+        Helper::Own(Box::new(move || Self::launch_with(&spec, program.as_deref())))
+    }
+
+    /// Starts virtiofsd.
+    pub(crate) fn launch(spec: &ShareSpec) -> anyhow::Result<Launched> {
+        Self::launch_with(spec, helper::find(PROGRAM, &ELSEWHERE).as_deref())
+    }
+
+    fn launch_with(spec: &ShareSpec, program: Option<&Path>) -> anyhow::Result<Launched> {
         let program = program.ok_or_else(|| {
             anyhow::anyhow!(
                 "{}: there is no {PROGRAM} in PATH or {}: install it (Debian 12: `apt install qemu-system-common`), or \
@@ -70,7 +84,12 @@ impl Fs {
                 ELSEWHERE.join(", ")
             )
         })?;
-        let daemon = Daemon::open(program, spec)?;
+        daemon::launch(program, spec)
+    }
+
+    fn open_with(spec: &ShareSpec, helper: Helper) -> anyhow::Result<Self> {
+        spec.validate()?;
+        let daemon = Daemon::open(spec, helper)?;
         let ring_features = daemon.features() & (virtio::features::EVENT_IDX | virtio::features::INDIRECT_DESC);
         Ok(Self { spec: spec.clone(), ring_features, daemon: Some(daemon) })
     }

@@ -43,11 +43,14 @@ impl Share {
     }
 
     fn open(&self) -> Fs {
-        Fs::open_with(&self.spec, Some(&self.program)).unwrap()
+        Fs::open_with(&self.spec, Fs::helper(&self.spec, Some(self.program.clone()))).unwrap()
     }
 
     fn refusal(&self) -> String {
-        format!("{:#}", Fs::open_with(&self.spec, Some(&self.program)).err().expect("it is refused"))
+        format!(
+            "{:#}",
+            Fs::open_with(&self.spec, Fs::helper(&self.spec, Some(self.program.clone()))).err().expect("it is refused")
+        )
     }
 
     fn shared(&self, name: &str) -> PathBuf {
@@ -219,7 +222,7 @@ fn a_program_that_does_not_serve_is_refused_with_what_it_said() {
 #[test]
 fn without_virtiofsd_the_cure_is_named() {
     let share = Share::new("", "");
-    let fault = Fs::open_with(&share.spec, None).err().unwrap().to_string();
+    let fault = Fs::open_with(&share.spec, Fs::helper(&share.spec, None)).err().unwrap().to_string();
     assert!(fault.contains("apt install qemu-system-common") && fault.contains("/usr/lib/qemu/virtiofsd"), "{fault}");
 }
 

@@ -48,6 +48,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use virtio::{Active, GuestFault, Handler, Kind, RateLimiter, VirtQueue, VirtioDevice, Watch};
 
+use crate::starter::{Helper, Launched, Starter};
 use control::Queues;
 use guard::Guard;
 use handler::Setup;
@@ -122,17 +123,32 @@ enum End {
 }
 
 impl Net {
-    /// Opens the tap or starts passt. `vm` is the VM's name, from which the MAC address is made; without it that is made
+    /// Opens the tap or starts passt, by `starter` where there is one. `vm` is the VM's name, from which the MAC address is made; without it that is made
     /// by chance.
     ///
     /// # Errors
     ///
     /// The user's: why the host's end cannot be had, and what to do about it.
-    pub fn open(spec: &NetSpec, vm: Option<&str>) -> anyhow::Result<Self> {
-        Self::open_with(spec, vm, passt::PROGRAM)
+    pub fn open(spec: &NetSpec, vm: Option<&str>, starter: Option<&Starter>) -> anyhow::Result<Self> {
+        let helper = match starter {
+            Some(starter) => Helper::Starter(starter.clone(), spec.id()),
+            None => Self::helper(spec, passt::PROGRAM),
+        };
+        Self::open_with(spec, vm, helper)
     }
 
-    fn open_with(spec: &NetSpec, vm: Option<&str>, passt: &str) -> anyhow::Result<Self> {
+    /// passt, or what is in its place.
+    fn helper(spec: &NetSpec, passt: &str) -> Helper {
+        let (spec, passt) = (spec.clone(), passt.to_owned());
+        Helper::Own(Box::new(move || passt::launch(&passt, &spec)))
+    }
+
+    /// Starts passt, where this card has it.
+    pub(crate) fn launch(spec: &NetSpec) -> anyhow::Result<Launched> {
+        passt::launch(passt::PROGRAM, spec)
+    }
+
+    fn open_with(spec: &NetSpec, vm: Option<&str>, helper: Helper) -> anyhow::Result<Self> {
         spec.validate()?;
         let id = spec.id();
         let mac = match (spec.mac, vm) {
@@ -165,7 +181,7 @@ impl Net {
             }
             (None, None) => {
                 log::info!("{name}: {mac}, by passt");
-                End::Frames(vec![Port::Passt(Box::new(Passt::open(passt, spec)?))])
+                End::Frames(vec![Port::Passt(Box::new(Passt::open(helper)?))])
             }
             (Some(tap), _) => {
                 features |= feature::OFFLOADS;

@@ -12,7 +12,7 @@ use std::io::{self, Read as _, Write as _};
 use std::ops::Range;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
@@ -21,7 +21,8 @@ use virtio::Chain;
 use super::port::scatter;
 use super::sys::{Pieces, Read};
 use super::{HEADER, LARGEST, NetSpec};
-use crate::helper::{Backoff, Words, end};
+use crate::helper::{Backoff, Words};
+use crate::starter::{self, Helper, Launched};
 
 /// The program, looked for in `PATH`.
 pub(super) const PROGRAM: &str = "passt";
@@ -32,18 +33,16 @@ const INCOMING: usize = 2 * LARGEST;
 
 /// passt, whether it runs at the moment or not.
 pub(super) struct Passt {
-    program: String,
-    arguments: Vec<String>,
+    helper: Helper,
     running: Option<Running>,
     /// When it is started again.
     pub(super) backoff: Backoff,
 }
 
 struct Running {
-    child: Child,
+    process: starter::Running,
     started: Instant,
     socket: UnixStream,
-    words: Words,
     incoming: Box<[u8]>,
     /// Which part of `incoming` has not been given to the guest.
     from: usize,
@@ -58,34 +57,21 @@ impl Passt {
     /// # Errors
     ///
     /// It is not there.
-    pub(super) fn open(program: &str, spec: &NetSpec) -> anyhow::Result<Self> {
+    pub(super) fn open(helper: Helper) -> anyhow::Result<Self> {
         let backoff = Backoff::new().context("Cannot make a timer for passt")?;
-        let (program, arguments) = (program.to_owned(), arguments(spec));
-        let mut passt = Self { program, arguments, running: None, backoff };
-        passt.start().map_err(|error| match error.kind() {
-            io::ErrorKind::NotFound => anyhow::anyhow!(
-                "There is no {} in PATH: install it (`apt install passt`), or say tap=NAME instead of user (vmm run: \
-                 --network none)",
-                passt.program
-            ),
-            _ => anyhow::Error::new(error).context(format!("Cannot start {}", passt.program)),
-        })?;
+        let mut passt = Self { helper, running: None, backoff };
+        passt.start()?;
         Ok(passt)
     }
 
     /// Starts it.
-    fn start(&mut self) -> io::Result<()> {
-        let (socket, theirs) = UnixStream::pair()?;
-        let (words, their_words) = Words::pair()?;
-        socket.set_nonblocking(true)?;
-        let mut command = Command::new(&self.program);
-        command.args(&self.arguments).stdout(Stdio::null());
-        command.stdin(OwnedFd::from(theirs)).stderr(their_words);
-        let child = command.spawn()?;
+    fn start(&mut self) -> anyhow::Result<()> {
+        let mut process = self.helper.start()?;
+        let socket = process.socket.take().expect("it has just been started");
         let incoming = vec![0; INCOMING].into_boxed_slice();
         let outgoing = Vec::with_capacity(LENGTH + LARGEST);
         let started = Instant::now();
-        self.running = Some(Running { child, started, socket, words, incoming, from: 0, to: 0, outgoing });
+        self.running = Some(Running { process, started, socket, incoming, from: 0, to: 0, outgoing });
         Ok(())
     }
 
@@ -95,9 +81,9 @@ impl Passt {
             return self.running.is_some();
         }
         match self.start() {
-            Ok(()) => log::info!("{name}: {} runs again", self.program),
+            Ok(()) => log::info!("{name}: passt runs again"),
             Err(error) => {
-                log::warn!("{name}: cannot start {} again: {error}", self.program);
+                log::warn!("{name}: passt is not started again: {error:#}");
                 self.backoff.schedule(Duration::ZERO);
             }
         }
@@ -107,9 +93,9 @@ impl Passt {
     /// It has ended or lost its mind: clears away what is left, and sets the timer.
     pub(super) fn lost(&mut self, name: &str, why: &io::Error) {
         let Some(mut running) = self.running.take() else { return };
-        let status = end(&mut running.child);
-        let words = running.words.last();
-        log::warn!("{name}: {} has ended ({why}; {status}), the link is down until it runs again{words}", self.program);
+        let status = running.process.end();
+        let words = running.process.words.last();
+        log::warn!("{name}: passt has ended ({why}; {status}), the link is down until it runs again{words}");
         self.backoff.schedule(running.started.elapsed());
     }
 
@@ -189,7 +175,7 @@ impl Passt {
 impl Drop for Passt {
     fn drop(&mut self) {
         if let Some(mut running) = self.running.take() {
-            end(&mut running.child);
+            running.process.end();
         }
     }
 }
@@ -231,6 +217,26 @@ impl Running {
         }
     }
 }
+
+/// Starts `program` in passt's place.
+pub(super) fn launch(program: &str, spec: &NetSpec) -> anyhow::Result<Launched> {
+    let (socket, theirs) = UnixStream::pair().context(NO_SOCKET)?;
+    let (words, their_words) = Words::pair().context(NO_SOCKET)?;
+    socket.set_nonblocking(true).context(NO_SOCKET)?;
+    let mut command = Command::new(program);
+    command.args(arguments(spec)).stdout(Stdio::null());
+    command.stdin(OwnedFd::from(theirs)).stderr(their_words);
+    let child = command.spawn().map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound => anyhow::anyhow!(
+            "There is no {program} in PATH: install it (`apt install passt`), or say tap=NAME instead of user (vmm run: \
+             --network none)"
+        ),
+        _ => anyhow::Error::new(error).context(format!("Cannot start {program}")),
+    })?;
+    Ok(Launched { child, socket, words })
+}
+
+const NO_SOCKET: &str = "Cannot make a socket for passt";
 
 fn arguments(spec: &NetSpec) -> Vec<String> {
     let mut arguments: Vec<_> = ["--foreground", "--quiet", "--fd", "0"].map(str::to_owned).to_vec();

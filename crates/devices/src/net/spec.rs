@@ -106,6 +106,11 @@ impl NetSpec {
     }
 
     /// Whether an option has to see the frames, which the kernel's vhost-net does not let it.
+    /// Whether the host's end is passt.
+    pub(crate) fn is_user(&self) -> bool {
+        self.tap.is_none() && self.fd.is_none() && self.vhost_user.is_none()
+    }
+
     pub(super) fn sees_frames(&self) -> bool {
         self.guards() || self.rx_limits().is_some() || self.tx_limits().is_some()
     }

@@ -63,11 +63,11 @@ fn spec(text: &str) -> NetSpec {
 }
 
 fn open(text: &str) -> Net {
-    Net::open(&spec(&format!("{text},mac=02:00:00:00:00:01")), None).unwrap()
+    Net::open(&spec(&format!("{text},mac=02:00:00:00:00:01")), None, None).unwrap()
 }
 
 fn refusal(text: &str) -> String {
-    format!("{:#}", Net::open(&spec(text), None).err().expect("it is refused"))
+    format!("{:#}", Net::open(&spec(text), None, None).err().expect("it is refused"))
 }
 
 /// A card on the bridge, its guest with all features, and its counts.
@@ -440,7 +440,7 @@ fn a_saved_card_has_its_address_and_its_pairs_in_another_machine() {
         let saved = guest.save().unwrap();
         drop(guest);
         let spec = spec("tap0,bridge=br0,vhost=off,queues=2,mac=02:00:00:00:00:99");
-        let mut guest = testing::mmio(Net::open(&spec, None).unwrap());
+        let mut guest = testing::mmio(Net::open(&spec, None, None).unwrap());
         guest.load(&saved).unwrap();
         let mut mac = [0; 6];
         guest.registers.read_config(0, &mut mac);

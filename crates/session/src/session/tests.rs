@@ -77,7 +77,7 @@ fn the_end_of_input_needs_no_room() {
 #[test]
 fn a_signal_is_not_kept_waiting_by_input_that_nobody_takes() {
     let (shared, mut agent) = shared(0);
-    let session = Session { shared: Arc::clone(&shared), start: Mutex::new(None) };
+    let session = Session { shared: Arc::clone(&shared), start: Mutex::new(None), folder: None };
     assert!(session.signal(15));
     assert_eq!(frame::read_message::<Control>(&mut agent).unwrap(), Control::Signal(15));
     let busy = shared.lock();

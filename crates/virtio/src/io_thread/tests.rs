@@ -60,7 +60,7 @@ fn token(reports: &Reports) -> u32 {
 
 #[test]
 fn a_handler_is_called_with_its_token_on_its_thread_and_comes_back() {
-    let thread = IoThread::spawn(3).unwrap();
+    let thread = IoThread::spawn(3, || ()).unwrap();
     let (probe, event, reports) = probe();
     let (ticket, _faults) = insert(&thread, probe);
     event.write(REPORT).unwrap();
@@ -78,7 +78,7 @@ fn a_handler_is_called_with_its_token_on_its_thread_and_comes_back() {
 
 #[test]
 fn a_fault_parks_one_handler_and_leaves_the_others_alone() {
-    let thread = IoThread::spawn(0).unwrap();
+    let thread = IoThread::spawn(0, || ()).unwrap();
     let (bad, bad_event, bad_reports) = probe();
     let (good, good_event, good_reports) = probe();
     let (bad, faults) = insert(&thread, bad);
@@ -95,7 +95,7 @@ fn a_fault_parks_one_handler_and_leaves_the_others_alone() {
 
 #[test]
 fn what_a_descriptor_is_watched_for_can_change_and_end() {
-    let thread = IoThread::spawn(0).unwrap();
+    let thread = IoThread::spawn(0, || ()).unwrap();
     let (probe, event, reports) = probe();
     let (ticket, _faults) = insert(&thread, probe);
     event.write(LISTEN_FOR_ROOM).unwrap();
@@ -112,7 +112,7 @@ fn what_a_descriptor_is_watched_for_can_change_and_end() {
 
 #[test]
 fn a_handler_whose_descriptor_cannot_be_watched_is_parked() {
-    let thread = IoThread::spawn(0).unwrap();
+    let thread = IoThread::spawn(0, || ()).unwrap();
     let (probe, event, _reports) = probe();
     insert(&thread, probe);
     let (reports, _seen) = channel();
@@ -123,7 +123,7 @@ fn a_handler_whose_descriptor_cannot_be_watched_is_parked() {
 
 #[test]
 fn the_thread_ends_with_its_last_handle_and_drops_its_handlers() {
-    let thread = IoThread::spawn(0).unwrap();
+    let thread = IoThread::spawn(0, || ()).unwrap();
     let other = thread.clone();
     let (probe, _event, reports) = probe();
     insert(&thread, probe);

@@ -9,11 +9,15 @@ fn user(folder: &tempfile::TempDir, script: &str) -> (Guest, Arc<Traffic>) {
     let program = folder.path().join("program");
     std::fs::write(&program, format!("#!/bin/sh\ncd {}\n{script}\n", folder.path().display())).unwrap();
     std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
-    let net = Net::open_with(&spec("user,mac=02:00:00:00:00:01"), None, program.to_str().unwrap()).unwrap();
+    let net = open(&spec("user,mac=02:00:00:00:00:01"), program.to_str().unwrap()).unwrap();
     let traffic = net.traffic();
     let mut guest = testing::mmio(net);
     guest.boot(u64::MAX);
     (guest, traffic)
+}
+
+fn open(spec: &NetSpec, program: &str) -> anyhow::Result<Net> {
+    Net::open_with(spec, None, Net::helper(spec, program))
 }
 
 fn link_is(guest: &mut Guest, up: bool) {
@@ -136,7 +140,7 @@ fn passt_ends_with_its_card() {
 
 #[test]
 fn without_passt_the_cure_is_named() {
-    let error = Net::open_with(&spec("user"), None, "no-such-passt").err().unwrap().to_string();
+    let error = open(&spec("user"), "no-such-passt").err().unwrap().to_string();
     assert!(error.contains("apt install passt") && error.contains("no-such-passt"), "{error}");
 }
 
