@@ -79,6 +79,10 @@ pub(crate) struct RunSpec {
     /// What the guest reaches: user (what this host reaches, through passt, but not this host's own 127.0.0.1) or none
     #[arg(long, value_name = "user|none")]
     network: Option<Network>,
+    /// A network card of another kind in its place, such as tap0,address=10.1.0.5/16: of that network number 2 is the
+    /// gateway and number 3 knows names
+    #[arg(long, value_name = "SPEC", value_parser = kv::from_str::<NetSpec>, conflicts_with_all = ["network", "publish"])]
+    net: Option<NetSpec>,
     /// A port of this host that leads to the guest; at 127.0.0.1 unless another address is said (can be said again)
     #[arg(short, long, value_name = "[ADDRESS:]HOST:GUEST[/udp]")]
     publish: Vec<Publish>,
@@ -219,6 +223,9 @@ fn exec(spec: &RunSpec, root: &Root) -> anyhow::Result<Exec> {
 
 /// The network card, if there is to be one. Without a word, that is where this host has a network itself.
 fn network(spec: &RunSpec) -> anyhow::Result<Option<NetSpec>> {
+    if let Some(net) = &spec.net {
+        return Ok(Some(net.clone()));
+    }
     let wanted = spec.network.unwrap_or_else(|| match spec.publish.is_empty() && !host_has_route() {
         true => Network::None,
         false => Network::User,

@@ -49,7 +49,8 @@ pub struct NetSpec {
     /// With `user`: ports of the host that lead to the guest, [ADDRESS:]HOST:GUEST[/udp]; 127.0.0.1 unless said
     pub publish: Vec<Publish>,
     /// With `user`: the guest's IPv4 address, such as 10.0.2.15/24, in a network where the gateway is number 2 and the DNS
-    /// server number 3. Without it, it is the host's own, and the gateway's leads to the host's 127.0.0.1
+    /// server number 3. Without it, it is the host's own, and the gateway's leads to the host's 127.0.0.1. With a tap, what
+    /// the agent of `vmm run` sets up
     pub address: Option<Ipv4Net>,
     /// Frames from the guest with another MAC address than the card's are dropped
     pub antispoof: bool,
@@ -175,8 +176,8 @@ impl NetSpec {
         if !self.publish.is_empty() && !self.user {
             bail!("{id}: publish= is for user: say that, or forward the port on the host");
         }
-        if !self.user && self.address.is_some() {
-            bail!("{id}: address= is for user: say that, or give the guest its address in the guest");
+        if self.vhost_user.is_some() && self.address.is_some() {
+            bail!("{id}: address= is for user and taps: drop it, and give the guest its address in the guest");
         }
         if self.vhost == Vhost::On && (self.user || self.vhost_user.is_some()) {
             bail!("{id}: vhost=on is for a tap: drop it");
@@ -266,7 +267,7 @@ mod tests {
             ("fd=3,queues=2", "tap=NAME"),
             ("user,bridge=br0", "tap=NAME"),
             ("tap0,publish=80:80", "user"),
-            ("tap0,address=10.0.2.15/24", "user"),
+            ("vhost-user=/run/switch,address=10.0.2.15/24", "drop it"),
             ("user,vhost=on", "drop it"),
             ("vhost-user=/run/switch,vhost=on", "drop it"),
             ("vhost-user=/run/switch,antispoof", "drop them"),
