@@ -17,11 +17,12 @@ pub(crate) struct Executable {
     pub(crate) directory: PathBuf,
 }
 
-/// The release build of the `vmm` command.
+/// The release build of the `vmm` command, with the programs that stand beside it.
 pub(crate) fn vmm() -> Result<PathBuf> {
-    let artifacts = build(&["build", "--release", "--package", "vmm", "--bin", "vmm"])?;
-    let executable = artifacts.into_iter().find_map(|artifact| artifact.executable);
-    executable.context("Cargo built no vmm")
+    let programs = ["--package", "vmm", "--bin", "vmm", "--package", "fleet", "--bin", "vmm-fleet"];
+    let artifacts = build(&[&["build", "--release"][..], &programs].concat())?;
+    let executable = artifacts.into_iter().filter(|artifact| artifact.target.name == "vmm");
+    executable.filter_map(|artifact| artifact.executable).next().context("Cargo built no vmm")
 }
 
 /// The executables that `vmm` starts for some of its verbs, with their packages.

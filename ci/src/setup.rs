@@ -14,7 +14,9 @@ const PACKAGES: &[&str] = &[
     "qemu-system-x86",
     // The tests.
     "cpio",
+    "dnsmasq-base",
     "iproute2",
+    "nftables",
     "passt",
     "qemu-utils",
     "squashfs-tools",

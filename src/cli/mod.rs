@@ -3,6 +3,7 @@
 pub(crate) mod companion;
 mod ctl;
 mod file;
+mod fleet;
 
 use std::ffi::OsString;
 use std::io::Write;
@@ -82,7 +83,22 @@ enum Command {
         /// As JSON
         #[arg(long)]
         json: bool,
+        /// A fleet's file, to say what is wrong with that
+        #[arg(conflicts_with = "json")]
+        file: Option<PathBuf>,
     },
+    /// Starts several machines from one file, or makes them what it says now: vmm up -f fleet.toml
+    #[command(disable_help_flag = true)]
+    Up(fleet::FleetArgs),
+    /// Ends the machines of a fleet in order
+    #[command(disable_help_flag = true)]
+    Down(fleet::FleetArgs),
+    /// Changes how many machines the services of a fleet have: vmm scale app=5
+    #[command(disable_help_flag = true)]
+    Scale(fleet::FleetArgs),
+    /// Shows the machines of a fleet
+    #[command(disable_help_flag = true)]
+    Services(fleet::FleetArgs),
     /// Controls a machine that runs, through its --api-socket
     Ctl(ctl::CtlArgs),
     /// Runs a command in a machine of its own: vmm run -- make test
@@ -165,7 +181,12 @@ pub(crate) fn run(start: Instant) -> anyhow::Result<ExitCode> {
             let api = api_socket.as_deref().map(|socket| Api { socket, folders });
             crate::boot::boot(&machine, api, None, sandbox, start)
         }
-        Some(Command::Check { json }) => Ok(crate::check::run(json)),
+        Some(Command::Check { json, file: None }) => Ok(crate::check::run(json)),
+        Some(Command::Check { file: Some(file), .. }) => fleet::run("check", &[file.into()]),
+        Some(Command::Up(args)) => fleet::run("up", &args.words),
+        Some(Command::Down(args)) => fleet::run("down", &args.words),
+        Some(Command::Scale(args)) => fleet::run("scale", &args.words),
+        Some(Command::Services(args)) => fleet::run("services", &args.words),
         Some(Command::Ctl(args)) => ctl::run(&args),
         Some(Command::Run(spec)) => {
             crate::logger::start(LevelFilter::Warn, None)?;

@@ -17,6 +17,7 @@ mod network;
 mod place;
 mod probe;
 mod process;
+mod publish;
 mod table;
 mod up;
 mod watch;

@@ -12,6 +12,7 @@ use fleet::spec::Subnet;
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::process::run;
+use crate::publish::Published;
 
 /// The network as it is.
 pub(crate) struct Network {
@@ -21,6 +22,7 @@ pub(crate) struct Network {
     /// What was loaded last.
     rules: String,
     names: String,
+    published: Published,
 }
 
 impl Network {
@@ -48,7 +50,7 @@ impl Network {
         let view = View { subnet, services: &std::collections::BTreeMap::new(), machines: Vec::new() };
         load(&view.nft())?;
         let dnsmasq = start_dnsmasq(subnet, &hosts)?;
-        Ok(Self { subnet, hosts, dnsmasq, rules: String::new(), names: String::new() })
+        Ok(Self { subnet, hosts, dnsmasq, rules: String::new(), names: String::new(), published: Published::default() })
     }
 
     /// Makes the machine's tap, which a process without rights may open.
@@ -80,7 +82,7 @@ impl Network {
             kill_process(Pid::from_child(&self.dnsmasq), Signal::HUP).context("cannot tell dnsmasq of new names")?;
             self.names = names;
         }
-        Ok(())
+        self.published.update(view)
     }
 }
 

@@ -108,7 +108,10 @@ impl View<'_> {
             .map(|(machine, _)| machine.address(self.subnet).to_string())
             .collect();
         text.push_str("table ip fleet {\n");
+        let tcp = self.services.values().flat_map(|service| &service.publish).filter(|publish| !publish.udp);
+        let published: BTreeSet<String> = tcp.map(|publish| publish.host.to_string()).collect();
         set(text, "internet", "ipv4_addr", &internet);
+        set(text, "published", "inet_service", &published);
         let _ = write!(
             text,
             "  chain input {{
@@ -117,7 +120,7 @@ impl View<'_> {
     iifname \"lo\" accept
     iifname \"{BRIDGE}\" ip daddr {dns} udp dport 53 accept
     iifname \"{BRIDGE}\" ip daddr {dns} tcp dport 53 accept
-    iifname \"{UPLINK}\" reject with tcp reset
+    iifname \"{UPLINK}\" tcp dport @published accept
   }}
   chain forward {{
     type filter hook forward priority 0; policy drop;
@@ -145,7 +148,7 @@ impl View<'_> {
         text.push_str("}\n");
     }
 
-    /// A service's ports lead to its healthy machines in turn.
+    /// A service's UDP ports lead to its healthy machines in turn. TCP is a proxy's business, which can try another one.
     fn published(&self, text: &mut String, name: &str, service: &Service, from: &str) {
         let healthy: Vec<Ipv4Addr> = self
             .machines
@@ -158,11 +161,10 @@ impl View<'_> {
         }
         let map: Vec<String> =
             healthy.iter().enumerate().map(|(index, address)| format!("{index} : {address}")).collect();
-        for publish in &service.publish {
-            let protocol = if publish.udp { "udp" } else { "tcp" };
+        for publish in service.publish.iter().filter(|publish| publish.udp) {
             let _ = writeln!(
                 text,
-                "    {from} {protocol} dport {} dnat to numgen inc mod {} map {{ {} }}:{}",
+                "    {from} udp dport {} dnat to numgen inc mod {} map {{ {} }}:{}",
                 publish.host,
                 map.len(),
                 map.join(", "),
@@ -201,7 +203,7 @@ mod tests {
     }
 
     const TEXT: &str = "[services.db]\ncommand = ['true']\n\
-                        [services.web]\ncommand = ['true']\nallow = ['db:5432']\npublish = ['8080:80']\nreplicas = 2\n";
+                        [services.web]\ncommand = ['true']\nallow = ['db:5432']\npublish = ['8080:80/udp', '81:80']\nreplicas = 2\n";
 
     #[test]
     fn a_flow_is_one_way_and_arp_goes_both() {
@@ -225,8 +227,9 @@ mod tests {
         view(TEXT, true, |view, machines| {
             let (one, other) = (machines[1].address(view.subnet), machines[2].address(view.subnet));
             assert!(view.hosts().contains(&format!("{one} web web-1\n{other} web web-2\n")));
-            let rule = format!("tcp dport 8080 dnat to numgen inc mod 2 map {{ 0 : {one}, 1 : {other} }}:80");
+            let rule = format!("udp dport 8080 dnat to numgen inc mod 2 map {{ 0 : {one}, 1 : {other} }}:80");
             assert_eq!(view.nft().matches(&rule).count(), 2);
+            assert!(view.nft().contains("set published { type inet_service; elements = { 81 }; }"));
         });
         view(TEXT, false, |view, _| {
             assert_eq!((view.hosts().as_str(), view.nft().contains("dnat to")), ("", false));

@@ -6,7 +6,7 @@
 
 use std::env;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, BufRead as _, BufReader, Write as _};
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::os::fd::OwnedFd;
 use std::os::linux::net::SocketAddrExt as _;
 use std::os::unix::fs::OpenOptionsExt as _;
@@ -19,9 +19,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, bail, ensure};
 use fleet::rules::UPLINK;
 use fleet::spec::Fleet;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
-use signal_hook::iterator::Signals;
+use signal_hook::low_level::pipe;
 
 use crate::control::{self, Request};
 use crate::place::{Place, runtime};
@@ -83,6 +85,7 @@ pub(crate) fn run(file: &Path, fleet: &Fleet, place: &Place, behind: bool) -> an
     }
     let file = std::path::absolute(file).context("cannot tell the current folder")?;
     let _lock = place.take()?.with_context(|| format!("the fleet {} runs already", fleet.name))?;
+    let signals = signals()?;
     namespaces::prepare()?;
     let (stream, theirs) = UnixStream::pair().context("cannot make a socket")?;
     let mut init = Command::new("/proc/self/exe");
@@ -90,9 +93,8 @@ pub(crate) fn run(file: &Path, fleet: &Fleet, place: &Place, behind: bool) -> an
     // In there everybody is root, who would look for these files elsewhere.
     init.env("PATH", host::path()).env("XDG_RUNTIME_DIR", runtime());
     let mut init = init.spawn().context("cannot start the fleet's first process")?;
-    pass_signals(stream.try_clone().context("cannot duplicate a socket")?)?;
     let outer = Outer { place, init: init.id(), stream, pasta: None, uplink: Uplink::default() };
-    let ended = outer.listen();
+    let ended = outer.listen(&signals);
     if ended.is_err() {
         let _ = init.kill();
     }
@@ -106,19 +108,15 @@ pub(crate) fn run(file: &Path, fleet: &Fleet, place: &Place, behind: bool) -> an
     Err(Failed(format!("the fleet's first process was ended ({status})")).into())
 }
 
-/// The first signal is an orderly end, the second one the end.
-fn pass_signals(mut stream: UnixStream) -> anyhow::Result<()> {
-    let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).context("cannot wait for signals")?;
-    let pass = move || {
-        for (count, _) in signals.forever().enumerate() {
-            if count > 0 {
-                std::process::exit(1);
-            }
-            let _ = stream.write_all(b"stop\n");
-        }
-    };
-    thread::Builder::new().name("signals".into()).spawn(pass).context("cannot start a thread")?;
-    Ok(())
+/// A stream that has a byte for each signal. A thread cannot be had: the next process is in another PID namespace, and
+/// threads would have to be in it, too.
+fn signals() -> anyhow::Result<UnixStream> {
+    let (signals, theirs) = UnixStream::pair().context("cannot make a socket")?;
+    for signal in [SIGTERM, SIGINT, SIGHUP] {
+        let theirs = theirs.try_clone().context("cannot duplicate a socket")?;
+        pipe::register(signal, theirs).context("cannot wait for signals")?;
+    }
+    Ok(signals)
 }
 
 struct Outer<'a> {
@@ -130,20 +128,35 @@ struct Outer<'a> {
 }
 
 impl Outer<'_> {
-    /// Does what the watcher says until it has gone.
-    fn listen(mut self) -> anyhow::Result<()> {
-        self.stream.set_read_timeout(Some(ROUND)).context("cannot set a socket up")?;
+    /// Does what the watcher says until it has gone. The first signal is an orderly end, the second one the end.
+    fn listen(mut self, mut signals: &UnixStream) -> anyhow::Result<()> {
         let mut lines = BufReader::new(self.stream.try_clone().context("cannot duplicate a socket")?);
         let mut line = String::new();
+        let mut stops = 0;
+        let round = Timespec::try_from(ROUND).context("a second is a time")?;
         loop {
-            match lines.read_line(&mut line) {
-                Ok(0) => return Ok(()),
-                Ok(_) => {
-                    self.hear(&line)?;
-                    line.clear();
+            let mut wanted = [PollFd::new(&self.stream, PollFlags::IN), PollFd::new(signals, PollFlags::IN)];
+            match poll(&mut wanted, Some(&round)) {
+                Err(error) if error != Errno::INTR => return Err(error).context("cannot wait for the fleet"),
+                _ => {}
+            }
+            let [said, signalled] = wanted.map(|fd| !fd.revents().is_empty());
+            if signalled {
+                let _ = signals.read(&mut [0]);
+                stops += 1;
+                ensure!(stops < 2, Failed("it was ended before its machines had ended in order".into()));
+                self.stream.write_all(b"stop\n").context("the watcher has gone")?;
+            }
+            // What came with a line before is not seen by poll any more.
+            while said || !lines.buffer().is_empty() {
+                line.clear();
+                if lines.read_line(&mut line).context("cannot hear of the fleet")? == 0 {
+                    return Ok(());
                 }
-                Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
-                Err(error) => return Err(error).context("cannot hear of the fleet"),
+                self.hear(&line)?;
+                if lines.buffer().is_empty() {
+                    break;
+                }
             }
             if self.pasta.as_mut().is_some_and(|pasta| !matches!(pasta.try_wait(), Ok(None))) {
                 eprintln!("vmm: pasta has ended, it is started again");
