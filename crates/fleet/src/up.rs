@@ -11,6 +11,7 @@ use std::os::fd::OwnedFd;
 use std::os::linux::net::SocketAddrExt as _;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::os::unix::net::{SocketAddr, UnixDatagram, UnixStream};
+use std::os::unix::process::CommandExt as _;
 use std::path::Path;
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::thread;
@@ -158,7 +159,8 @@ impl Outer<'_> {
                     break;
                 }
             }
-            if self.pasta.as_mut().is_some_and(|pasta| !matches!(pasta.try_wait(), Ok(None))) {
+            // With the fleet it ends, too, and that is heard of first.
+            if !said && self.pasta.as_mut().is_some_and(|pasta| !matches!(pasta.try_wait(), Ok(None))) {
                 eprintln!("vmm: pasta has ended, it is started again");
                 self.start_pasta()?;
             }
@@ -208,6 +210,8 @@ impl Outer<'_> {
         }
         // By its path it cannot be opened by a process that has given up what pasta gives up first.
         command.arg("--pid").arg(&ready).args(["--netns", "/proc/self/fd/0"]).stdin(namespace);
+        // What is typed at our terminal is not for it: it is needed to the end.
+        command.process_group(0);
         let mut pasta = command.stdout(Stdio::null()).stderr(words).spawn().context("cannot start pasta")?;
         let start = Instant::now();
         while !ready.exists() {
