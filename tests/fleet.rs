@@ -141,6 +141,16 @@ const ATTACK: &str = r#"
     $udp->send("from the stranger");
     print "attacked\n";"#;
 
+/// Prints what comes by UDP.
+const LISTEN: &str = r#"use IO::Socket::INET; $| = 1;
+    my $socket = IO::Socket::INET->new(LocalPort => 80, Proto => "udp") or die $!;
+    while (defined $socket->recv(my $words, 100)) { print "udp $words\n"; }"#;
+
+/// As it stands in a text of TOML's, in one line.
+fn in_toml(text: &str) -> String {
+    text.replace('\\', r"\\").replace('"', r#"\""#).replace('\n', " ")
+}
+
 #[test]
 fn services_reach_whom_they_may_and_nobody_else_by_any_address() {
     let port = free_port();
@@ -148,13 +158,13 @@ fn services_reach_whom_they_may_and_nobody_else_by_any_address() {
     let fleet = Fleet::new(&format!(
         r#"
         [services.db]
-        command = ["sh", "-c", "(busybox nc -u -l -p 80; echo udp came) & {WEB}"]
+        command = ["sh", "-c", "perl -e '{}' & {WEB}"]
         mem = "64M"
         health = {{ http = "/", port = 80 }}
         [services.app]
-        command = ["sh", "-c", "busybox httpd -p 8080; while :; do busybox nc -w 3 db 80 < /dev/null && echo app reaches db; grep -v IP /proc/net/arp; sleep 1; done"]
+        command = ["sh", "-c", "busybox httpd -p 8080; while :; do bash -c 'echo -n from the app > /dev/udp/db/80'; busybox nc -w 3 db 80 < /dev/null && echo app reaches db; grep -v IP /proc/net/arp; sleep 1; done"]
         mem = "64M"
-        allow = ["db:80"]
+        allow = ["db:80", "db:80/udp"]
         publish = ["{port}:8080"]
         depends_on = {{ db = "healthy" }}
         [services.stranger]
@@ -162,7 +172,8 @@ fn services_reach_whom_they_may_and_nobody_else_by_any_address() {
         mem = "64M"
         depends_on = {{ app = "started" }}
         "#,
-        ATTACK.replace('\\', r"\\").replace('"', r#"\""#).replace('\n', " ")
+        in_toml(LISTEN),
+        in_toml(ATTACK)
     ));
     let running = fleet.up();
     let output = running.stdout();
@@ -184,7 +195,8 @@ fn services_reach_whom_they_may_and_nobody_else_by_any_address() {
         let number: Vec<u8> = address.split('.').skip(2).map(|part| part.parse().expect("an address")).collect();
         assert_eq!(mac, format!("02:00:00:00:{:02x}:{:02x}", number[0], number[1]));
     }
-    assert!(!output.text(0).contains("udp came"), "{}", output.text(0));
+    output.wait_for("db-1 | udp from the app", 0);
+    assert!(!output.text(0).contains("udp from the stranger"), "{}", output.text(0));
     fleet.done(&["down"]);
     assert_eq!(running.wait().code, Some(0));
     assert_nothing_runs();
