@@ -1,3 +1,5 @@
+//! What is wrong with a file, and in which words it is said.
+
 use super::*;
 
 /// The faults of a file, each with its line.
