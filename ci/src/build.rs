@@ -17,16 +17,15 @@ pub(crate) struct Executable {
     pub(crate) directory: PathBuf,
 }
 
-/// The release build of the `vmm` command, with the programs that stand beside it.
+/// The release build of the `vmm` command.
 pub(crate) fn vmm() -> Result<PathBuf> {
-    let programs = ["--package", "vmm", "--bin", "vmm", "--package", "fleet", "--bin", "vmm-fleet"];
-    let artifacts = build(&[&["build", "--release"][..], &programs].concat())?;
-    let executable = artifacts.into_iter().filter(|artifact| artifact.target.name == "vmm");
-    executable.filter_map(|artifact| artifact.executable).next().context("Cargo built no vmm")
+    let artifacts = build(&["build", "--release", "--package", "vmm", "--bin", "vmm"])?;
+    let executable = artifacts.into_iter().find_map(|artifact| artifact.executable);
+    executable.context("Cargo built no vmm")
 }
 
 /// The executables that `vmm` starts for some of its verbs, with their packages.
-const COMPANIONS: [(&str, &str); 2] = [("oci", "vmm-oci"), ("session", "vmm-session")];
+const COMPANIONS: [(&str, &str); 3] = [("fleet", "vmm-fleet"), ("oci", "vmm-oci"), ("session", "vmm-session")];
 
 /// A `vmm` with its companions beside it. Those are of the build for tests: they run no guests, and are many times quicker
 /// to build.

@@ -3,7 +3,6 @@
 pub(crate) mod companion;
 mod ctl;
 mod file;
-mod fleet;
 
 use std::ffi::OsString;
 use std::io::Write;
@@ -89,16 +88,16 @@ enum Command {
     },
     /// Starts several machines from one file, or makes them what it says now: vmm up -f fleet.toml
     #[command(disable_help_flag = true)]
-    Up(fleet::FleetArgs),
+    Up(Passed),
     /// Ends the machines of a fleet in order
     #[command(disable_help_flag = true)]
-    Down(fleet::FleetArgs),
+    Down(Passed),
     /// Changes how many machines the services of a fleet have: vmm scale app=5
     #[command(disable_help_flag = true)]
-    Scale(fleet::FleetArgs),
+    Scale(Passed),
     /// Shows the machines of a fleet
     #[command(disable_help_flag = true)]
-    Services(fleet::FleetArgs),
+    Services(Passed),
     /// Controls a machine that runs, through its --api-socket
     Ctl(ctl::CtlArgs),
     /// Runs a command in a machine of its own: vmm run -- make test
@@ -182,11 +181,13 @@ pub(crate) fn run(start: Instant) -> anyhow::Result<ExitCode> {
             crate::boot::boot(&machine, api, None, sandbox, start)
         }
         Some(Command::Check { json, file: None }) => Ok(crate::check::run(json)),
-        Some(Command::Check { file: Some(file), .. }) => fleet::run("check", &[file.into()]),
-        Some(Command::Up(args)) => fleet::run("up", &args.words),
-        Some(Command::Down(args)) => fleet::run("down", &args.words),
-        Some(Command::Scale(args)) => fleet::run("scale", &args.words),
-        Some(Command::Services(args)) => fleet::run("services", &args.words),
+        Some(
+            Command::Check { file: Some(_), .. }
+            | Command::Up(_)
+            | Command::Down(_)
+            | Command::Scale(_)
+            | Command::Services(_),
+        ) => companion::become_it("vmm-fleet", std::env::args_os().skip(1)),
         Some(Command::Ctl(args)) => ctl::run(&args),
         Some(Command::Run(spec)) => {
             crate::logger::start(LevelFilter::Warn, None)?;

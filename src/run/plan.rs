@@ -104,6 +104,9 @@ pub(crate) struct RunSpec {
     /// This is the process of a detached machine
     #[arg(long, hide = true)]
     pub(super) behind: bool,
+    /// The starter keeps there what the command writes
+    #[arg(long, hide = true)]
+    output_at: Option<PathBuf>,
     /// How strictly the process is confined
     #[arg(long, value_name = "on|report|off", default_value = "on", hide_possible_values = true)]
     sandbox: Mode,
@@ -263,7 +266,8 @@ fn record(spec: &RunSpec, name: &str, exec: &Exec) -> Record {
         _ => "host".to_owned(),
     };
     let ports = spec.publish.iter().map(ToString::to_string).collect();
-    Record::now(name.to_owned(), exec.program.argv.clone(), root, ports)
+    let record = Record::now(name.to_owned(), exec.program.argv.clone(), root, ports);
+    Record { output: spec.output_at.clone(), ..record }
 }
 
 /// The guest's root in the making.

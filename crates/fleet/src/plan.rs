@@ -136,6 +136,7 @@ impl Places {
 pub fn arguments(fleet: &Fleet, service: &Service, machine: &Machine, places: &Places) -> Vec<OsString> {
     let mut arguments: Vec<OsString> = vec!["run".into(), "--name".into(), machine.name(&fleet.name).into()];
     let mut flag = |name: &str, value: OsString| arguments.extend([OsString::from(name), value]);
+    flag("--output-at", places.log(machine).into());
     let (address, mac, tap) = (machine.address(fleet.subnet), machine.mac(), machine.tap());
     let prefix = Subnet::PREFIX;
     flag("--net", format!("tap={tap},address={address}/{prefix},mac={mac},antispoof,guest-ip={address}").into());

@@ -17,9 +17,8 @@ const CONNECT: Duration = Duration::from_secs(5);
 const LONGEST_LINE: usize = 32;
 
 /// The socket by which the machine with this name is reached.
-pub(crate) fn socket(runtime: &Path, name: &str, pid: u32) -> PathBuf {
-    let named = runtime.join("vmm").join(name).join("vsock");
-    if named.exists() { named } else { runtime.join(format!("vmm-run-{pid}")).join("vsock") }
+pub(crate) fn socket(runtime: &Path, name: &str) -> PathBuf {
+    runtime.join("vmm").join(name).join("vsock")
 }
 
 /// Whether the agent is there.

@@ -26,6 +26,8 @@ use serde::{Deserialize, Serialize};
 const LAST_LINES: usize = 20;
 /// The longest name: it is the host name, too (`hostname(7)`).
 const LONGEST_NAME: usize = 63;
+/// What else is beside the folders of machines.
+const RESERVED: [&str; 2] = ["lock", "fleets"];
 /// More than this is no record of ours.
 const MOST_JSON: u64 = 1 << 20;
 
@@ -38,6 +40,8 @@ pub struct Record {
     pub command: Vec<String>,
     /// What its root is.
     pub root: String,
+    /// Where its starter keeps what its command writes, as plain text, if that is known.
+    pub output: Option<PathBuf>,
     /// The ports that lead to it, as they were asked for.
     pub ports: Vec<String>,
     /// Seconds since 1970.
@@ -351,7 +355,7 @@ fn check_name(name: &str) -> anyhow::Result<()> {
         (1..=LONGEST_NAME).contains(&name.len())
             && name.bytes().all(fine)
             && name.as_bytes()[0].is_ascii_alphanumeric()
-            && name != "lock",
+            && !RESERVED.contains(&name),
         "{name:?} is no name for a machine: up to {LONGEST_NAME} letters, digits, and - . _ within"
     );
     Ok(())
@@ -368,7 +372,7 @@ impl Record {
 
     /// That of a machine that starts now.
     pub fn now(name: String, command: Vec<String>, root: String, ports: Vec<String>) -> Self {
-        Self { name, command, root, ports, started: now() }
+        Self { name, command, root, ports, output: None, started: now() }
     }
 }
 

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, Read as _, Write as _};
 use std::os::fd::OwnedFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context as _, ensure};
@@ -38,18 +38,23 @@ impl LogsArgs {
     pub(crate) fn run(&self) -> anyhow::Result<ExitCode> {
         let machine = Machine::find(&self.name)?;
         let mut source = if self.console {
-            Source::Console(machine.files().console(), None)
+            Source::Text(machine.files().console(), None)
         } else {
             let path = machine.files().output();
+            let elsewhere = machine.record.output.clone().filter(|_| !path.exists());
             ensure!(
-                path.exists(),
+                path.exists() || elsewhere.is_some(),
                 "the command of {} writes to where it was started; what its console says: `vmm logs --console`",
                 self.name
             );
-            Source::Output(Reader::open(path))
+            elsewhere.map_or_else(|| Source::Output(Reader::open(path)), |path| Source::Text(path, None))
         };
         // Before the first look, so that nothing comes between.
-        let changes = Changes::of(&machine.path)?;
+        let folder = match &source {
+            Source::Text(path, _) => path.parent().unwrap_or(&machine.path),
+            Source::Output(_) => &machine.path,
+        };
+        let changes = Changes::of(folder)?;
         let mut frames = source.all()?;
         if let Some(lines) = self.tail {
             frames = last(frames, lines);
@@ -76,8 +81,8 @@ impl LogsArgs {
 /// Where the lines come from.
 enum Source {
     Output(Reader),
-    /// The file that was seen last, at the place up to which it was.
-    Console(std::path::PathBuf, Option<File>),
+    /// A file without frames, and that at the place up to which it was seen.
+    Text(PathBuf, Option<File>),
 }
 
 impl Source {
@@ -91,7 +96,7 @@ impl Source {
                 }
                 Ok(frames)
             }
-            Self::Console(path, file) => {
+            Self::Text(path, file) => {
                 if file.is_none() {
                     *file = File::open(&*path).ok();
                 }

@@ -68,8 +68,7 @@ impl Life {
         drop(command);
         let process = pidfd_open(Pid::from_child(&child), PidfdFlags::empty()).context("cannot watch a process")?;
         let Start { number, label, name, runtime, log, health, events, .. } = start;
-        let socket = move |pid| probe::socket(&runtime, &name, pid);
-        let pid = child.id();
+        let socket = probe::socket(&runtime, &name);
 
         let last = Arc::new(Mutex::new(VecDeque::new()));
         let (heard_all, all_heard) = mpsc::channel::<()>();
@@ -82,7 +81,7 @@ impl Life {
 
         let (asks, stop) = mpsc::channel();
         let sender = events.clone();
-        let ask = move || ask_after(|| socket(pid), health.as_ref(), &stop, |event| sender.send(event(number)).is_ok());
+        let ask = move || ask_after(&socket, health.as_ref(), &stop, |event| sender.send(event(number)).is_ok());
         thread::Builder::new().name("health".into()).spawn(ask).context("cannot start a thread")?;
 
         let wait = move || {
@@ -114,14 +113,9 @@ impl Life {
 }
 
 /// Says when the machine is up, and then each time when its health has been asked after.
-fn ask_after(
-    socket: impl Fn() -> PathBuf,
-    health: Option<&Health>,
-    stop: &Receiver<()>,
-    say: impl Fn(fn(u64) -> Event) -> bool,
-) {
+fn ask_after(socket: &Path, health: Option<&Health>, stop: &Receiver<()>, say: impl Fn(fn(u64) -> Event) -> bool) {
     let waits = |time| stop.recv_timeout(time) == Err(RecvTimeoutError::Timeout);
-    while !probe::is_up(&socket()) {
+    while !probe::is_up(socket) {
         if !waits(LOOK) {
             return;
         }
@@ -133,7 +127,7 @@ fn ask_after(
     let mut was_healthy = false;
     let mut failures = 0;
     loop {
-        if probe::is_healthy(&socket(), &health.check, health.timeout).unwrap_or(false) {
+        if probe::is_healthy(socket, &health.check, health.timeout).unwrap_or(false) {
             (was_healthy, failures) = (true, 0);
             if !say(|life| Event::Health { life, healthy: true }) {
                 return;
