@@ -106,7 +106,11 @@ pub(crate) fn run(file: &Path, name: &str) -> anyhow::Result<ExitCode> {
     };
     watcher.say_uplink()?;
     // Who publishes a port that cannot be had starts nothing; then the outer process says so, and we end.
-    while !matches!(arrived.recv().context("the outer process has gone")?, Event::Uplink) {}
+    match arrived.recv().context("the outer process has gone")? {
+        Event::Uplink => {}
+        // Nothing else can have happened yet.
+        _ => return Ok(ExitCode::SUCCESS),
+    }
     watcher.put_files()?;
     control::listen(&place, &events)?;
     watcher.watch(&arrived)?;
