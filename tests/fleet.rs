@@ -198,7 +198,8 @@ fn services_reach_whom_they_may_and_nobody_else_by_any_address() {
     output.wait_for("db-1 | udp from the app", 0);
     assert!(!output.text(0).contains("udp from the stranger"), "{}", output.text(0));
     fleet.done(&["down"]);
-    assert_eq!(running.wait().code, Some(0));
+    let ended = running.wait();
+    assert_eq!(ended.code, Some(0), "{}", ended.stderr);
     assert_nothing_runs();
 }
 

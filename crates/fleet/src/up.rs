@@ -89,11 +89,13 @@ pub(crate) fn run(file: &Path, fleet: &Fleet, place: &Place, behind: bool) -> an
     let signals = signals()?;
     namespaces::prepare()?;
     let (stream, theirs) = UnixStream::pair().context("cannot make a socket")?;
-    let mut init = Command::new("/proc/self/exe");
-    init.arg("init").arg(file).arg(&fleet.name).stdin(OwnedFd::from(theirs));
+    let mut command = Command::new("/proc/self/exe");
+    command.arg("init").arg(file).arg(&fleet.name).stdin(OwnedFd::from(theirs));
     // In there everybody is root, who would look for these files elsewhere.
-    init.env("PATH", host::path()).env("XDG_RUNTIME_DIR", runtime());
-    let mut init = init.spawn().context("cannot start the fleet's first process")?;
+    command.env("PATH", host::path()).env("XDG_RUNTIME_DIR", runtime());
+    let mut init = command.spawn().context("cannot start the fleet's first process")?;
+    // It holds the other end of the stream, whose end is the end of the fleet.
+    drop(command);
     let outer = Outer { place, init: init.id(), stream, pasta: None, uplink: Uplink::default() };
     let ended = outer.listen(&signals);
     if ended.is_err() {
@@ -159,8 +161,12 @@ impl Outer<'_> {
                     break;
                 }
             }
-            // With the fleet it ends, too, and that is heard of first.
-            if !said && self.pasta.as_mut().is_some_and(|pasta| !matches!(pasta.try_wait(), Ok(None))) {
+            if self.pasta.as_mut().is_some_and(|pasta| !matches!(pasta.try_wait(), Ok(None))) {
+                // With the fleet it ends, too, and then that is heard of now.
+                let mut wanted = [PollFd::new(&self.stream, PollFlags::IN)];
+                if poll(&mut wanted, Some(&round)).is_ok_and(|ready| ready > 0) {
+                    continue;
+                }
                 eprintln!("vmm: pasta has ended, it is started again");
                 self.start_pasta()?;
             }
