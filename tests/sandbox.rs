@@ -134,7 +134,7 @@ fn without_a_sandbox_nothing_is_kept_from_anybody() {
 
 #[test]
 fn no_thread_has_a_capability_or_can_get_one_and_the_host_s_network_is_out_of_sight() {
-    let mut machine = Machine::start(&[]);
+    let mut machine = Machine::start(&["--sandbox", "strict"]);
     let of_all = |machine: &Machine| {
         for (key, value) in
             [("Seccomp", "2"), ("NoNewPrivs", "1"), ("CapEff", NONE), ("CapPrm", NONE), ("CapAmb", NONE)]
@@ -144,11 +144,15 @@ fn no_thread_has_a_capability_or_can_get_one_and_the_host_s_network_is_out_of_si
         }
     };
     of_all(&machine);
-    for namespace in ["net", "ipc", "mnt", "uts"] {
-        let link = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/{namespace}")).expect("it runs");
+    // By default all of it but the network namespace.
+    let usual = Machine::start(&[]);
+    of_all(&usual);
+    for (machine, namespaces) in [(&machine, &["net", "ipc", "mnt", "uts"][..]), (&usual, &["ipc", "mnt", "uts"])] {
+        let link = |pid: &str, name| fs::read_link(format!("/proc/{pid}/ns/{name}")).expect("it runs");
         let pid = machine.vmm.pid().as_raw_nonzero().to_string();
-        assert_ne!(link(&pid), link("self"), "{namespace}");
+        assert!(namespaces.iter().all(|name| link(&pid, name) != link("self", name)), "{namespaces:?}");
     }
+    usual.power_off();
     assert!(
         machine.vmm.proc("limits").lines().any(|line| line.starts_with("Max core file size") && line.contains(" 0 "))
     );

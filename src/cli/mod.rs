@@ -59,7 +59,7 @@ struct BootArgs {
     /// How strictly the process is confined
     #[arg(
         long,
-        value_name = "on|report|off",
+        value_name = "on|strict|report|off",
         default_value = "on",
         hide_possible_values = true,
         help_heading = "The sandbox"

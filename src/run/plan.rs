@@ -108,7 +108,7 @@ pub(crate) struct RunSpec {
     #[arg(long, hide = true)]
     output_at: Option<PathBuf>,
     /// How strictly the process is confined
-    #[arg(long, value_name = "on|report|off", default_value = "on", hide_possible_values = true)]
+    #[arg(long, value_name = "on|strict|report|off", default_value = "on", hide_possible_values = true)]
     sandbox: Mode,
     /// The command and its arguments; an image may have its own
     #[arg(required_unless_present = "image", last = true, value_name = "COMMAND")]

@@ -20,6 +20,8 @@ pub enum Mode {
     /// A system call that is not in the policy ends the process, and files that are not named do not open
     #[default]
     On,
+    /// The same, in a network namespace of its own, which the host takes some milliseconds to take apart
+    Strict,
     /// Such system calls are reported, once each, and made
     Report,
     /// As if there was no sandbox
@@ -51,8 +53,10 @@ pub struct Layers {
     pub seccomp: bool,
     /// The rules for files.
     pub landlock: bool,
-    /// Namespaces of its own.
+    /// Namespaces of its own, but for that of the network.
     pub namespaces: bool,
+    /// That of the network, too.
+    pub network: bool,
     /// No capabilities and no cores.
     pub rights: bool,
 }
@@ -61,8 +65,9 @@ impl Layers {
     /// Those that a mode has. Reports are what filters can give, and nothing else: who looks for what a machine needs is not
     /// to be kept from it by another layer.
     fn of(mode: Mode) -> Self {
-        let on = mode == Mode::On;
-        Self { seccomp: mode != Mode::Off, landlock: on, namespaces: on, rights: on }
+        let on = matches!(mode, Mode::On | Mode::Strict);
+        let network = mode == Mode::Strict;
+        Self { seccomp: mode != Mode::Off, landlock: on, namespaces: on, network, rights: on }
     }
 }
 
@@ -84,7 +89,7 @@ pub fn confine_by(layers: Layers, mode: Mode, needs: &Needs, end: End) -> anyhow
     let mut missing = Vec::new();
     // Where the files are found is told before anything of that changes.
     if layers.namespaces {
-        missing.extend(namespaces::enter(needs.host_network));
+        missing.extend(namespaces::enter(layers.network && !needs.host_network));
     }
     seccomp::no_new_privileges().context("Cannot give up new privileges")?;
     if layers.rights {

@@ -1,5 +1,5 @@
-//! Namespaces (namespaces(7)): a network without interfaces, and IPC objects, a host name and mounts of the process's own;
-//! for an ordinary user in a user namespace, in which nobody but that user exists.
+//! Namespaces (namespaces(7)): IPC objects, a host name and mounts of the process's own, and where that is asked for, a
+//! network without interfaces; for an ordinary user in a user namespace, in which nobody but that user exists.
 //!
 //! Left out on purpose: a PID namespace, which only a child can be in. The process that the user started would have to
 //! stay beside the machine's, for its terminal, its signals and its exit code. What it would keep away (signals, ptrace,
@@ -10,9 +10,9 @@ use std::fs;
 use std::io;
 use std::ptr::null;
 
-/// Enters new namespaces; that of the network stays with `host_network`. The process has one thread. Returns what the host
+/// Enters new namespaces, of the network only where that is said. The process has one thread. Returns what the host
 /// did not let it have.
-pub(crate) fn enter(host_network: bool) -> Vec<String> {
+pub(crate) fn enter(network: bool) -> Vec<String> {
     let mut missing = Vec::new();
     // SAFETY: it only reads a number of the process's own.
     let (user, group) = (unsafe { libc::geteuid() }, unsafe { libc::getegid() });
@@ -21,7 +21,7 @@ pub(crate) fn enter(host_network: bool) -> Vec<String> {
     {
         return vec![format!("no user namespace, and so none of the others ({error})")];
     }
-    let network = if host_network { 0 } else { libc::CLONE_NEWNET };
+    let network = if network { libc::CLONE_NEWNET } else { 0 };
     let kinds = [(network, "network"), (libc::CLONE_NEWIPC, "IPC"), (libc::CLONE_NEWUTS, "host name")];
     // All at once costs the least; one by one tells which there is not.
     if unshare(kinds.iter().fold(libc::CLONE_NEWNS, |all, (flag, _)| all | flag)).is_err() {

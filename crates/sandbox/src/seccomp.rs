@@ -158,7 +158,7 @@ extern "C" fn on_violation(_signal: libc::c_int, _info: *const libc::siginfo_t, 
     let registers = unsafe { &mut (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs };
     let get = |register: libc::c_int| registers[usize::try_from(register).unwrap_or(0)];
     let call = get(libc::REG_RAX);
-    if stop.mode == Mode::On {
+    if stop.mode != Mode::Report {
         report("stopped", call, CURE);
         (stop.last)();
         // SAFETY: it takes a number, and may be called in a handler.

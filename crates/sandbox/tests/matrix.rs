@@ -37,6 +37,7 @@ fn outcome(layer: Layer, needs: &Needs, act: impl Fn() -> io::Result<()>) -> i32
         seccomp: one(Layer::SeccompOfMain) || one(Layer::SeccompOfVcpu),
         landlock: one(Layer::Landlock),
         namespaces: one(Layer::Namespaces),
+        network: one(Layer::Namespaces),
         rights: one(Layer::Capabilities),
     };
     // SAFETY: the child goes on with this thread alone; the C library's locks are free in it.
