@@ -96,8 +96,10 @@ pub(crate) fn run(file: &Path, fleet: &Fleet, place: &Place, behind: bool) -> an
     let mut init = command.spawn().context("cannot start the fleet's first process")?;
     // It holds the other end of the stream, whose end is the end of the fleet.
     drop(command);
-    let outer = Outer { place, init: init.id(), stream, pasta: None, uplink: Uplink::default() };
+    let mut outer = Outer { place, init: init.id(), stream, pasta: None, uplink: Uplink::default() };
     let ended = outer.listen(&signals);
+    // A PID namespace ends when all that were in it are waited for, and pasta is ours to wait for.
+    outer.end_pasta();
     if ended.is_err() {
         let _ = init.kill();
     }
@@ -132,7 +134,7 @@ struct Outer<'a> {
 
 impl Outer<'_> {
     /// Does what the watcher says until it has gone. The first signal is an orderly end, the second one the end.
-    fn listen(mut self, mut signals: &UnixStream) -> anyhow::Result<()> {
+    fn listen(&mut self, mut signals: &UnixStream) -> anyhow::Result<()> {
         let mut lines = BufReader::new(self.stream.try_clone().context("cannot duplicate a socket")?);
         let mut line = String::new();
         let mut stops = 0;
@@ -187,12 +189,16 @@ impl Outer<'_> {
         Ok(())
     }
 
+    fn end_pasta(&mut self) {
+        if let Some(mut pasta) = self.pasta.take() {
+            let _ = pasta.kill();
+            let _ = pasta.wait();
+        }
+    }
+
     /// Starts pasta as the uplink is now, in place of the one that runs.
     fn start_pasta(&mut self) -> anyhow::Result<()> {
-        if let Some(mut old) = self.pasta.take() {
-            let _ = old.kill();
-            let _ = old.wait();
-        }
+        self.end_pasta();
         if !self.uplink.is_needed() {
             return Ok(());
         }
