@@ -22,5 +22,10 @@ pub(crate) fn find(name: &str) -> anyhow::Result<PathBuf> {
     let path = env::var_os("PATH").unwrap_or_default();
     let mut places = beside.into_iter().chain(env::split_paths(&path).map(|folder| folder.join(name)));
     let found = places.find(|place| place.is_file());
-    Ok(found.ok_or_else(|| Usage(format!("{name} is neither beside vmm nor in PATH: install it with vmm")))?)
+    Ok(found.ok_or_else(|| {
+        Usage(format!(
+            "{name} is neither beside vmm nor in PATH: put it there (`cargo install --path crates/{}`)",
+            if name == "vmm-ctl" { "api" } else { name.trim_start_matches("vmm-") }
+        ))
+    })?)
 }

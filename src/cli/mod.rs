@@ -1,7 +1,6 @@
 //! The command line: flags, subcommands and their help.
 
 pub(crate) mod companion;
-mod ctl;
 mod file;
 
 use std::ffi::OsString;
@@ -14,7 +13,7 @@ use anyhow::Context;
 use boot::KernelSpec;
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
-use clap_complete::Shell;
+use clap_complete::shells::{Bash, Fish, Zsh};
 use devices::Devices;
 use devices::console::SerialSpec;
 use log::LevelFilter;
@@ -99,7 +98,7 @@ enum Command {
     #[command(disable_help_flag = true)]
     Services(Passed),
     /// Controls a machine that runs, through its --api-socket
-    Ctl(ctl::CtlArgs),
+    Ctl(Passed),
     /// Runs a command in a machine of its own: vmm run -- make test
     Run(Box<RunSpec>),
     /// Shows the machines of vmm run
@@ -134,6 +133,17 @@ enum Command {
     Man,
 }
 
+/// A shell that can complete our words.
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum Shell {
+    /// GNU Bash
+    Bash,
+    /// fish
+    Fish,
+    /// Zsh
+    Zsh,
+}
+
 /// The words of a command that is another executable's.
 #[derive(Debug, Args)]
 #[command(disable_help_flag = true)]
@@ -162,10 +172,10 @@ pub(crate) fn run(start: Instant) -> anyhow::Result<ExitCode> {
         // Every code but this may be the command's own.
         Err(error) => match std::env::args_os().nth(1) {
             Some(verb) if verb == "run" => {
-                eprintln!("vmm run: {}", one_line(&error));
+                eprintln!("vmm run: {}", usage(&error));
                 return Ok(ExitCode::from(session::OURS));
             }
-            _ => return Err(one_line(&error).into()),
+            _ => return Err(usage(&error).into()),
         },
     };
     match command {
@@ -188,7 +198,7 @@ pub(crate) fn run(start: Instant) -> anyhow::Result<ExitCode> {
             | Command::Scale(_)
             | Command::Services(_),
         ) => companion::become_it("vmm-fleet", std::env::args_os().skip(1)),
-        Some(Command::Ctl(args)) => ctl::run(&args),
+        Some(Command::Ctl(passed)) => companion::become_it("vmm-ctl", passed.words),
         Some(Command::Run(spec)) => {
             crate::logger::start(LevelFilter::Warn, None)?;
             Ok(crate::run::run(&spec, start))
@@ -210,7 +220,12 @@ pub(crate) fn run(start: Instant) -> anyhow::Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         Some(Command::Completions { shell }) => {
-            clap_complete::generate(shell, &mut command_with_help(), "vmm", &mut std::io::stdout());
+            let (mut command, mut output) = (command_with_help(), std::io::stdout());
+            match shell {
+                Shell::Bash => clap_complete::generate(Bash, &mut command, "vmm", &mut output),
+                Shell::Fish => clap_complete::generate(Fish, &mut command, "vmm", &mut output),
+                Shell::Zsh => clap_complete::generate(Zsh, &mut command, "vmm", &mut output),
+            }
             Ok(ExitCode::SUCCESS)
         }
         Some(Command::Man) => {
@@ -251,18 +266,9 @@ fn command_with_help() -> clap::Command {
         .after_long_help(format!("Exit codes:\n{TABLE}"))
 }
 
-/// What is wrong with the command line, as one line: the first sentence and the tips, without the usage.
-fn one_line(error: &clap::Error) -> Usage {
-    let text = error.to_string();
-    let mut lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
-    let first = lines.next().unwrap_or_default();
-    let first = first.strip_prefix("error: ").unwrap_or(first);
-    let more = lines.take_while(|line| !line.starts_with("Usage:") && !line.starts_with("For more information"));
-    let whole = more.fold(first.to_owned(), |whole, line| {
-        let between = if whole.ends_with(':') { " " } else { "; " };
-        whole + between + line
-    });
-    Usage(format!("{whole}; see vmm --help"))
+/// What is wrong with the command line.
+fn usage(error: &clap::Error) -> Usage {
+    Usage(kv::help::one_line(error))
 }
 
 #[cfg(test)]
@@ -274,7 +280,7 @@ mod tests {
     }
 
     fn mistake(text: &str) -> String {
-        one_line(&parse(words(text)).unwrap_err()).to_string()
+        usage(&parse(words(text)).unwrap_err()).to_string()
     }
 
     #[test]

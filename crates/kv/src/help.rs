@@ -31,6 +31,20 @@ fn columns<'a>(arguments: impl Iterator<Item = &'a Arg>, indent: &str) -> String
     })
 }
 
+/// What is wrong with a command line, as one line: the first sentence and the tips, without the usage.
+pub fn one_line(error: &clap::Error) -> String {
+    let text = error.to_string();
+    let mut lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
+    let first = lines.next().unwrap_or_default();
+    let first = first.strip_prefix("error: ").unwrap_or(first);
+    let more = lines.take_while(|line| !line.starts_with("Usage:") && !line.starts_with("For more information"));
+    let whole = more.fold(first.to_owned(), |whole, line| {
+        let between = if whole.ends_with(':') { " " } else { "; " };
+        whole + between + line
+    });
+    format!("{whole}; see vmm --help")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -1,7 +1,7 @@
 //! Images at a registry (distribution specification 1.1, "Pull"), which may hang, fail, stop in the middle and lie.
 //!
 //! oci-client speaks to it. It reads manifests and errors whole, however long they are; so the process may have no more than
-//! [`MOST_MEMORY`] meanwhile, and ends if a registry makes it try.
+//! [`MOST_MEMORY`] for it, and ends if a registry makes it try.
 
 use std::fs::File;
 use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
@@ -22,8 +22,8 @@ use crate::manifest::{MEDIA_TYPES, MOST_BYTES};
 use crate::reference::is_loopback;
 use crate::source::{Document, Image, follow};
 
-/// What the process may have while it speaks to a registry, in bytes.
-const MOST_MEMORY: u64 = 1 << 30;
+/// What the process may have more of while it speaks to a registry, in bytes.
+const MOST_MEMORY: u64 = 256 << 20;
 /// A transfer that got so far before it broke off may try as often as one that has just begun.
 const PROGRESS: u64 = 4 << 20;
 
@@ -233,12 +233,21 @@ impl Registry {
     /// Runs `work`, which has no more than so much memory.
     fn bounded<T>(&self, work: impl AsyncFnOnce() -> anyhow::Result<T>) -> anyhow::Result<T> {
         let before = getrlimit(Resource::Data);
-        let current = Some(before.current.map_or(MOST_MEMORY, |current| current.min(MOST_MEMORY)));
+        let most = memory()?.saturating_add(MOST_MEMORY);
+        let current = Some(before.current.map_or(most, |current| current.min(most)));
         setrlimit(Resource::Data, Rlimit { current, ..before }).context("cannot limit the memory")?;
         let result = self.runtime.block_on(work());
         setrlimit(Resource::Data, before).context("cannot limit the memory")?;
         result
     }
+}
+
+/// How many bytes the process has that count towards the limit (/proc/PID/statm, the sixth column; proc(5)).
+fn memory() -> anyhow::Result<u64> {
+    let statm = std::fs::read_to_string("/proc/self/statm").context("cannot read /proc/self/statm")?;
+    let pages: Option<u64> = statm.split(' ').nth(5).and_then(|pages| pages.parse().ok());
+    let page = rustix::param::page_size() as u64;
+    Ok(pages.context("/proc/self/statm is not understood")?.saturating_mul(page))
 }
 
 /// What went wrong at the bottom, without the addresses that each level repeats.

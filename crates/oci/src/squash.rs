@@ -49,7 +49,9 @@ pub fn write(tree: &Tree, layers: &[File], path: &Path) -> anyhow::Result<()> {
     let status = child.wait().with_context(|| format!("cannot wait for {PROGRAM}"))?;
     if !status.success() {
         let words = last_words(&mut said);
-        if words.contains("No space left") || words.contains("Disk quota") || words.contains("File too large") {
+        // It does not always say why it could not write.
+        let full = ["No space left", "Disk quota", "File too large", "Failed to write to output filesystem"];
+        if full.iter().any(|sign| words.contains(sign)) {
             bail!(NoRoom(io::Error::new(io::ErrorKind::StorageFull, words)));
         }
         bail!("{PROGRAM} has failed ({status}): {words}");

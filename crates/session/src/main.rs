@@ -50,10 +50,11 @@ fn main() -> ExitCode {
             return ExitCode::SUCCESS;
         }
         Err(error) => {
-            let _ = error.print();
             // Every code but this may be the command's own.
             let is_exec = std::env::args_os().nth(1).is_some_and(|verb| verb == "exec");
-            return ExitCode::from(if is_exec { session::OURS } else { 2 });
+            let (who, code) = if is_exec { ("vmm exec", session::OURS) } else { ("vmm", 2) };
+            eprintln!("{who}: {}", kv::help::one_line(&error));
+            return ExitCode::from(code);
         }
     };
     let done = match command {

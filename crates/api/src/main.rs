@@ -1,4 +1,4 @@
-//! `vmm ctl`: controls a machine that runs, through its control socket.
+//! The `vmm-ctl` command, which `vmm ctl` starts: controls a machine that runs, through its control socket.
 //!
 //! A file is opened here, by who asks, and goes to the machine as a descriptor: the machine need not be able to open it.
 
@@ -11,14 +11,14 @@ use std::process::ExitCode;
 
 use anyhow::Context as _;
 use api::{Client, ClientError};
-use clap::{Args, Subcommand};
+use clap::{Args, Parser, Subcommand};
 use kv::Size;
 use serde_json::{Value, json};
 
-use crate::exit::Usage;
-
-#[derive(Debug, Args)]
-pub(super) struct CtlArgs {
+/// Controls a machine that runs, through its --api-socket.
+#[derive(Debug, Parser)]
+#[command(name = "vmm ctl", version, disable_help_subcommand = true)]
+struct CtlArgs {
     /// The socket that --api-socket made
     socket: PathBuf,
     #[command(subcommand)]
@@ -85,8 +85,36 @@ struct DriveChange {
     resize: bool,
 }
 
+/// A mistake of the user's.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct Usage(String);
+
+fn main() -> ExitCode {
+    let args = match CtlArgs::try_parse() {
+        Ok(args) => args,
+        Err(error) if !error.use_stderr() => {
+            let _ = error.print();
+            return ExitCode::SUCCESS;
+        }
+        Err(error) => {
+            eprintln!("vmm: {}", kv::help::one_line(&error));
+            return ExitCode::from(2);
+        }
+    };
+    run(&args).unwrap_or_else(|error| {
+        // A user's mistake is told whole by its own sentence; of a failure every cause is told.
+        if error.is::<Usage>() {
+            eprintln!("vmm: {error}");
+            return ExitCode::from(2);
+        }
+        eprintln!("vmm: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
 /// Does what is asked.
-pub(super) fn run(args: &CtlArgs) -> anyhow::Result<ExitCode> {
+fn run(args: &CtlArgs) -> anyhow::Result<ExitCode> {
     let mut machine = Machine(Client::connect(&args.socket).map_err(explain)?);
     let answer = match &args.verb {
         Verb::Status => machine.get("/")?,
