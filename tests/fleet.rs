@@ -204,6 +204,7 @@ fn services_reach_whom_they_may_and_nobody_else_by_any_address() {
 }
 
 #[test]
+#[ignore = "long: changes a fleet several times"]
 fn a_published_port_leads_to_all_machines_and_a_change_touches_what_has_changed() {
     let port = free_port();
     let services = |says: &str, more: &str| {
@@ -250,6 +251,7 @@ fn a_published_port_leads_to_all_machines_and_a_change_touches_what_has_changed(
 }
 
 #[test]
+#[ignore = "long: starts a fleet twice"]
 fn killing_any_of_its_processes_ends_all_and_up_starts_afresh() {
     let port = free_port();
     let fleet = Fleet::new(&format!(
@@ -273,6 +275,7 @@ fn killing_any_of_its_processes_ends_all_and_up_starts_afresh() {
 }
 
 #[test]
+#[ignore = "long: starts a machine six times"]
 fn a_machine_that_fails_again_and_again_is_given_up_with_its_last_lines() {
     let fleet = Fleet::new(
         "[services.panics]\ncommand = ['true']\nmem = '40M'\n\

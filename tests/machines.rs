@@ -163,6 +163,7 @@ fn a_machine_whose_process_was_killed_is_dead_and_leaves_what_can_be_read() {
 }
 
 #[test]
+#[ignore = "long: waits for a time to be over"]
 fn a_command_that_ignores_sigterm_is_stopped_when_its_time_is_over() {
     let web = Behind::new("trap '' TERM; echo ready; while :; do sleep 0.1; done");
     web.wait_for("ready");
