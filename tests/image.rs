@@ -116,6 +116,7 @@ fn assert_said(ended: &Ended, words: &[&str]) {
 }
 
 #[test]
+#[ignore = "long: needs vmm-oci, which takes minutes to build"]
 fn an_image_runs_as_it_says_or_as_it_is_told() {
     let project = Project::new();
     let script = "id -u; id -g; pwd; echo $GREETING $OTHER; stat -c '%u %g %a' /srv/data; ls /etc; \
@@ -152,6 +153,7 @@ fn an_image_runs_as_it_says_or_as_it_is_told() {
 }
 
 #[test]
+#[ignore = "long: needs vmm-oci, which takes minutes to build"]
 fn an_image_that_cannot_be_had_is_one_line_with_the_cure() {
     let project = Project::new();
     assert_said(&project.run(&["--image", "debian"]), &["debian", "HOST/debian"]);
@@ -186,6 +188,7 @@ fn an_image_that_cannot_be_had_is_one_line_with_the_cure() {
 }
 
 #[test]
+#[ignore = "long: needs vmm-oci, which takes minutes to build"]
 fn a_full_disk_is_said_and_nothing_half_made_is_left() {
     let project = Project::new();
     let image = project.image(&project.layers(), &json!({ "Cmd": ["true"] }));
@@ -208,6 +211,7 @@ fn a_full_disk_is_said_and_nothing_half_made_is_left() {
 }
 
 #[test]
+#[ignore = "long: needs vmm-oci, which takes minutes to build"]
 fn a_disk_is_the_root_and_keeps_what_is_written_unless_it_is_read_only() {
     let project = Project::new();
     fs::copy(asset("small-vmlinux"), project.path("lower/large")).expect("there is room for files");

@@ -126,6 +126,7 @@ fn more_commands_run_beside_the_first_with_streams_and_codes_of_their_own() {
 }
 
 #[test]
+#[ignore = "long: boots a guest"]
 fn files_are_copied_both_ways_and_stay_where_they_belong() {
     let web = Behind::new(SERVICE);
     let tree = web.project.path("here/tree/deep");
@@ -192,6 +193,7 @@ fn what_does_not_come_to_run_in_the_background_says_so_and_leaves_nothing() {
 }
 
 #[test]
+#[ignore = "long: boots a guest"]
 fn a_machine_s_use_is_shown_and_served_to_prometheus() {
     let web = Behind::new(SERVICE);
     let table = web.answer(&["stats"]);

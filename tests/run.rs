@@ -73,6 +73,7 @@ fn an_installed_kernel_is_the_one_that_runs_have() {
 }
 
 #[test]
+#[ignore = "long: boots a stock kernel"]
 fn a_distribution_s_kernel_comes_with_the_modules_of_its_package() {
     let project = Project::new();
     let package = asset("debian-6.1");

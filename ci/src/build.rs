@@ -30,12 +30,12 @@ const COMPANIONS: [(&str, &str); 4] =
 
 /// A `vmm` with its companions beside it. Those are of the build for tests: they run no guests, and are many times quicker
 /// to build.
-pub(crate) fn together(vmm: &Path) -> Result<PathBuf> {
+pub(crate) fn together(vmm: &Path, all_of_them: bool) -> Result<PathBuf> {
     let target = vmm.parent().and_then(Path::parent).context("Cargo's target folder has no name")?;
     let folder = target.join("together");
     fs::create_dir_all(&folder).with_context(|| format!("Cannot make {}", folder.display()))?;
     let mut all = vec![(vmm.to_owned(), "vmm")];
-    for (package, name) in COMPANIONS {
+    for (package, name) in COMPANIONS.into_iter().filter(|(package, _)| all_of_them || *package != HEAVY) {
         let built = build(&["build", "--package", package, "--bin", name])?;
         let executable = built.into_iter().find_map(|artifact| artifact.executable);
         all.push((executable.with_context(|| format!("Cargo built no {name}"))?, name));
@@ -57,9 +57,13 @@ pub(crate) fn agent() -> Result<PathBuf> {
     executable.context("Cargo built no agent")
 }
 
+/// A package whose libraries, which speak to registries, take minutes to build. Only `cargo xtask test --all` tests it.
+pub(crate) const HEAVY: &str = "oci";
+
 /// The workspace's unit tests, and the integration tests that a plain `cargo test` runs.
-pub(crate) fn tests() -> Result<Vec<Executable>> {
-    test_executables(&["--workspace"])
+pub(crate) fn tests(all: bool) -> Result<Vec<Executable>> {
+    let selection = ["--workspace", "--exclude", HEAVY];
+    test_executables(if all { &selection[..1] } else { &selection })
 }
 
 /// The integration tests of a package that a plain `cargo test` leaves alone.

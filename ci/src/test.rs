@@ -55,6 +55,9 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
     }
 
     let mut tally = Tally::default();
+    if !args.all {
+        tally.not_run.push(format!("{}: all of its tests", build::HEAVY));
+    }
     let here = if place::local_kvm_opens() { Place::Here } else { Place::Emulated(host.clone()) };
     booting.sort_by(|a, b| a.name.cmp(&b.name));
     let unit = |executable| Job { executable, place: here.clone(), of_vmm: None, second_chance: false };
@@ -100,12 +103,13 @@ impl Built {
             let vmm = scope.spawn(build::vmm);
             // Few tests may need none of it.
             let assets = args.filter.is_none().then(|| scope.spawn(assets::directory));
-            let units = build::tests()?;
+            let units = build::tests(args.all)?;
             let (booting, own) = (build::integration_tests("vmm")?, build::integration_tests("xtask")?);
             if let Some(assets) = assets {
                 assets.join().expect("making assets does not panic")?;
             }
-            let vmm = build::together(&vmm.join().expect("Cargo's messages are read without a panic")?)?;
+            let vmm = vmm.join().expect("Cargo's messages are read without a panic")?;
+            let vmm = build::together(&vmm, args.all)?;
             Ok(Self { vmm, units, booting, own })
         })
     }

@@ -243,8 +243,8 @@ mod tests {
         assert_eq!(
             line,
             format!(
-                "run --name shop-web-2 --net tap={tap},address={address}/16,mac={mac},antispoof,guest-ip={address} \
-                 --mem 64M --user nobody --workdir / --volume /usr:/data:ro --volume /var/shop/data:/srv \
+                "run --name shop-web-2 --output-at /run/shop/logs/web-2 \
+                 --net tap={tap},address={address}/16,mac={mac},antispoof,guest-ip={address} --mem 64M --user nobody --workdir / --volume /usr:/data:ro --volume /var/shop/data:/srv \
                  --volume /run/shop/secrets/web:/run/secrets:ro --env A=b -- sh -c true"
             )
         );
