@@ -304,6 +304,7 @@ fn every_device_serves_one_guest_on_pci() {
 }
 
 #[test]
+#[ignore = "long: boots a guest"]
 fn every_device_serves_one_guest_on_mmio() {
     every_device("mmio");
 }

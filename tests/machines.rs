@@ -173,6 +173,7 @@ fn a_command_that_ignores_sigterm_is_stopped_when_its_time_is_over() {
 }
 
 #[test]
+#[ignore = "long: starts five machines"]
 fn what_does_not_come_to_run_in_the_background_says_so_and_leaves_nothing() {
     let project = Project::new();
     for (words, code, said) in [

@@ -24,11 +24,13 @@ const WRITE: &str = concat!(
 );
 
 #[test]
+#[ignore = "long: kills emulated hosts"]
 fn what_a_guest_has_synced_to_a_raw_disk_outlives_its_host() {
     outlives_its_host("raw");
 }
 
 #[test]
+#[ignore = "long: kills emulated hosts"]
 fn what_a_guest_has_synced_to_a_qcow2_disk_outlives_its_host() {
     outlives_its_host("qcow2");
 }

@@ -104,6 +104,7 @@ pub fn confine_by(layers: Layers, mode: Mode, needs: &Needs, end: End) -> anyhow
     }
     if layers.seccomp {
         let End { code, last } = end;
+        rights::share_heap();
         seccomp::prepare(Stop { mode, code: code.into(), last })
             .and_then(|()| seccomp::enter(MAIN))
             .context("Cannot filter system calls (CONFIG_SECCOMP_FILTER): say --sandbox off to go without")?;

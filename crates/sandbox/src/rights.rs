@@ -60,6 +60,14 @@ pub(crate) fn limit_resources() -> io::Result<()> {
     check(unsafe { libc::setrlimit(libc::RLIMIT_CORE, &raw const none) }.into())
 }
 
+/// Has all threads share one heap, which the data path takes nothing from. For more than one the C library opens files: when
+/// a thread asks for the ninth, to count the host's processors, and when one becomes smaller, to learn how memory is
+/// overcommitted.
+pub(crate) fn share_heap() {
+    // SAFETY: it takes numbers, and this is the only thread. If it fails, a machine with many threads is stopped.
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
+}
+
 fn check(result: libc::c_long) -> io::Result<()> {
     if result == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
