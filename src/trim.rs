@@ -18,6 +18,8 @@ const DROPPED_STACK: usize = 256 << 10;
 /// Drops the mappings of this program's code and constants, and the main thread's stack below the caller. It is to be
 /// called on the main thread, or on one whose stack has room for what is dropped.
 pub(crate) fn drop_startup_pages() {
+    // SAFETY: it takes a number; only free memory of the heap is given back, which all threads share.
+    unsafe { libc::malloc_trim(0) };
     // SAFETY: the callback is called with valid headers and keeps nothing of them.
     unsafe { libc::dl_iterate_phdr(Some(drop_segments), std::ptr::null_mut()) };
     drop_unused_stack();
