@@ -69,6 +69,18 @@ fn signal(pid: &str, signal: &str) {
     assert!(Command::new("kill").args([signal, pid]).status().unwrap().success());
 }
 
+/// Stops a process, with all its threads: each stops when it comes to hear of it.
+fn stop(pid: &str) {
+    signal(pid, "-STOP");
+    until("every thread has stopped", || {
+        fs::read_dir(format!("/proc/{pid}/task")).unwrap().all(|thread| {
+            // A thread that is just gone does nothing any more either.
+            let Ok(stat) = fs::read_to_string(thread.unwrap().path().join("stat")) else { return true };
+            stat.rsplit_once(") ").unwrap().1.starts_with('T')
+        })
+    });
+}
+
 fn until(what: &str, mut condition: impl FnMut() -> bool) {
     let start = Instant::now();
     while !condition() {
@@ -152,7 +164,7 @@ fn what_virtiofsd_owes_at_its_end_is_an_error_and_the_next_session_works() {
         send(&mut guest, &getattr(unique));
         assert_eq!(answer(&mut guest), (0, unique));
     }
-    signal(&pid, "-STOP");
+    stop(&pid);
     for unique in 1000..1100 {
         send(&mut guest, &getattr(unique));
     }
