@@ -1,9 +1,10 @@
 //! A machine that is built and paused, or running.
 
 use std::cell::RefCell;
+use std::convert::Infallible;
 use std::num::NonZeroU8;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread;
 
 use anyhow::Context;
@@ -170,16 +171,25 @@ impl Paused {
         Ok(Self { machine, vcpus })
     }
 
-    /// Lets the processors run.
+    /// Lets the processors run. When it returns their threads are past their beginning.
     pub fn resume(self) -> anyhow::Result<Running> {
         let Self { machine, vcpus } = self;
         machine.shared.stop.store(false, Ordering::SeqCst);
         vcpus.iter().for_each(Vcpu::excuse_pause);
         let mut processors = Processors { threads: Vec::with_capacity(vcpus.len()), shared: machine.shared.clone() };
+        let (beginning, begun) = mpsc::channel();
         for (vcpu, pin) in vcpus.into_iter().zip(&machine.pins) {
-            let thread = VcpuThread::spawn(vcpu, machine.shared.clone(), *pin, machine.at_start);
+            let (at_start, beginning) = (machine.at_start, beginning.clone());
+            let begin = move || {
+                at_start();
+                drop(beginning);
+            };
+            let thread = VcpuThread::spawn(vcpu, machine.shared.clone(), *pin, begin);
             processors.threads.push(thread.context("Cannot start a processor's thread")?);
         }
+        drop(beginning);
+        // Nothing is sent: it is over when the last of them has begun.
+        let _: Result<Infallible, _> = begun.recv();
         Ok(Running { processors, machine })
     }
 

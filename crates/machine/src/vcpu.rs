@@ -55,12 +55,17 @@ pub(crate) struct VcpuThread {
 
 impl VcpuThread {
     /// Starts the thread `vcpu-N`, pinned to a host processor where that is asked for; it calls
-    /// `at_start` before it runs anything of the guest's.
-    pub(crate) fn spawn(mut vcpu: Vcpu, shared: Arc<Shared>, pin: Option<usize>, at_start: fn()) -> io::Result<Self> {
+    /// `begin` before it runs anything of the guest's.
+    pub(crate) fn spawn(
+        mut vcpu: Vcpu,
+        shared: Arc<Shared>,
+        pin: Option<usize>,
+        begin: impl FnOnce() + Send + 'static,
+    ) -> io::Result<Self> {
         let kicker = vcpu.kicker();
         let builder = Builder::new().name(format!("vcpu-{}", vcpu.index())).stack_size(STACK);
         let thread = builder.spawn(move || {
-            at_start();
+            begin();
             let pinned = pin.map_or(Ok(()), kvm::pin_to);
             let end = match pinned {
                 Ok(()) => run(&mut vcpu, &shared),
