@@ -5,6 +5,7 @@
 //! | [`text`] | one file: length, header, left-overs, names of tests, `unsafe` without a reason, shared locks |
 //! | [`devices`] | words: who names a device |
 //! | [`crates`] | the workspace: which crate uses which, versions that stand once |
+//! | [`figures`] | README's figures, which are those on record |
 //! | [`links`] | Markdown links that lead nowhere |
 //!
 //! Each violation is one line, `file:line: what — cure`. Left out on purpose: what clippy checks already (length of
@@ -18,6 +19,7 @@ use anyhow::{Context, bail, ensure};
 
 mod crates;
 mod devices;
+mod figures;
 mod links;
 mod source;
 mod text;
@@ -76,6 +78,7 @@ fn rules(root: &Path) -> anyhow::Result<Vec<Finding>> {
     for source in &sources {
         findings.extend(text::check(source));
         findings.extend(devices::check(source));
+        findings.extend(figures::check(source));
         findings.extend(links::check(source, root));
     }
     findings.extend(crates::check(root, &sources)?);

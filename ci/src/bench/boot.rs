@@ -11,12 +11,12 @@ use std::fs;
 use std::path::Path;
 use std::thread;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 
 use super::inside::{Measure, Plan, Run};
-use super::promise::{self, MIB, Promise, Unit};
+use super::outcome::Outcome;
 use super::qemu;
-use super::record::Record;
+use super::record::{Record, Suite};
 use crate::assets::{self, Flavour};
 use crate::host::Host;
 use crate::host::emulator::Emulator;
@@ -39,12 +39,8 @@ const HEADER: &str = "\
 /// What `cargo xtask bench boot` takes.
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Write the figures to resources/numbers/boot.toml.
-    #[arg(long)]
-    record: bool,
-    /// Fail if a figure is not as good as promised, or 3% worse than on record.
-    #[arg(long)]
-    check: bool,
+    #[command(flatten)]
+    pub(super) outcome: Outcome,
 }
 
 const VMLINUX: &str = "spawn to exit, vmlinux";
@@ -60,37 +56,14 @@ const MEMORY: &str = "resident memory, idle";
 const BINARY: &str = "binary, stripped, without the agent";
 const AGENT: &str = "agent in the guest, stripped";
 
-const PROMISES: [Promise; 7] = [
-    Promise { figure: DEFAULTS, part_of: Some(QEMU), limit: 0.48 },
-    Promise { figure: BZIMAGE, part_of: Some(VMLINUX), limit: 1.1 },
-    Promise { figure: BZIMAGE, part_of: Some(NOKASLR), limit: 1.03 },
-    Promise { figure: SMALL, part_of: None, limit: 0.29e9 },
-    Promise { figure: MEMORY, part_of: None, limit: 2.0 * MIB },
-    Promise { figure: BINARY, part_of: None, limit: 3.0 * MIB },
-    Promise { figure: AGENT, part_of: None, limit: 1.5 * MIB },
-];
-
 /// Runs the verb.
 pub(crate) fn run(args: &Args) -> Result<()> {
     setup::run()?;
     let vmm = build::vmm()?;
-    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../resources/numbers/boot.toml");
-    let known = if args.record { None } else { Some(Record::read(&file)?) };
-    let now = measure(&vmm, known.as_ref())?;
-    promise::print(&now, &PROMISES, unit);
-    let mut broken = promise::broken(&now, &PROMISES, unit)?;
-    match known {
-        None => now.write(&file, HEADER)?,
-        Some(known) => match known.worse(&now, slack) {
-            Some(worse) => broken.extend(worse),
-            None => println!("\nNo record for these versions: `cargo xtask bench boot --record` makes one."),
-        },
-    }
-    for line in &broken {
-        println!("Worse: {line}");
-    }
-    ensure!(!args.check || broken.is_empty(), "Figures are worse than promised or recorded: {}", broken.len());
-    Ok(())
+    // Of a new record nothing is taken over.
+    let known = if args.outcome.record { Record::default() } else { Record::read(&Suite::Boot.file())? };
+    let now = measure(&vmm, &known)?;
+    args.outcome.judge(Suite::Boot, &now, HEADER, slack)
 }
 
 /// Two pieces of 64 KiB, in which the host maps a program: where in them a function comes to lie changes with every build,
@@ -100,7 +73,7 @@ fn slack(figure: &str) -> u64 {
 }
 
 /// QEMU's figure is that of `known`, if that is of the same versions: they and the machine are all that it depends on.
-fn measure(vmm: &Path, known: Option<&Record>) -> Result<Record> {
+fn measure(vmm: &Path, known: &Record) -> Result<Record> {
     let kernel = assets::debian_kernel(Flavour::Cloud61)?;
     let small = kernel::small_kernel()?;
     let versions = BTreeMap::from([
@@ -123,7 +96,7 @@ fn measure(vmm: &Path, known: Option<&Record>) -> Result<Record> {
         runs: our_runs(),
         ..Plan::default()
     };
-    let theirs = known.filter(|known| known.versions == versions).and_then(|known| known.figures.get(QEMU).copied());
+    let theirs = known.figures.get(QEMU).copied().filter(|_| known.versions == versions);
     let qemu = if theirs.is_some() { Plan::default() } else { qemu_plan(&kernel.vmlinux)? };
     let host = Host { timeout: TIME_LIMIT, icount: true, ..Host::default() };
     let step = progress::step("Measuring on the instruction clock; this takes some minutes");
@@ -207,59 +180,9 @@ fn boot_timer(stderr: &str) -> Result<(u64, u64)> {
     Ok((first * 1000, counts.sum()))
 }
 
-/// How figures that are no times are shown.
-fn unit(name: &str) -> Unit {
-    match name {
-        EXITS => Unit::Count,
-        _ if name.starts_with("spawn") => Unit::Time,
-        _ => Unit::Bytes,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn record(figures: &[(&str, u64)]) -> Record {
-        let figures = figures.iter().map(|(name, value)| ((*name).to_owned(), *value)).collect();
-        Record { versions: BTreeMap::new(), figures }
-    }
-
-    fn all(vmlinux: u64, small: u64) -> Record {
-        record(&[
-            (DEFAULTS, vmlinux),
-            (VMLINUX, 1_000),
-            (BZIMAGE, 1_050),
-            (NOKASLR, 1_030),
-            (QEMU, 2_500),
-            (SMALL, small),
-            (MEMORY, 1 << 20),
-            (BINARY, 1 << 20),
-            (AGENT, 1 << 20),
-        ])
-    }
-
-    #[test]
-    fn figures_within_the_promises_are_not_broken() {
-        assert_eq!(promise::broken(&all(1_000, 290_000_000), &PROMISES, unit).unwrap(), Vec::<String>::new());
-    }
-
-    #[test]
-    fn broken_promises_are_named_with_their_limits() {
-        let broken = promise::broken(&all(1_300, 291_000_000), &PROMISES, unit).unwrap();
-        assert_eq!(
-            broken,
-            [
-                "spawn to exit, vmlinux, own command line / spawn to exit, vmlinux, QEMU microvm: 0.520, promised 0.48",
-                "spawn to exit, small vmlinux: 0.2910 s, promised 0.2900 s",
-            ]
-        );
-    }
-
-    #[test]
-    fn a_promise_that_was_not_measured_is_no_promise_kept() {
-        promise::broken(&record(&[(DEFAULTS, 1)]), &PROMISES, unit).unwrap_err();
-    }
 
     #[test]
     fn the_boot_timer_s_lines_are_understood() {

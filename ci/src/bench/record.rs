@@ -2,13 +2,36 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
 /// How many percent worse than its record a figure may get.
 const MARGIN: u128 = 3;
+
+/// Whose figures they are: each suite has a file of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Suite {
+    Boot,
+    Run,
+    Io,
+}
+
+impl Suite {
+    pub(super) const ALL: [Self; 3] = [Self::Boot, Self::Run, Self::Io];
+
+    /// Its record.
+    pub(super) fn file(self) -> PathBuf {
+        let name = match self {
+            Self::Boot => "boot",
+            Self::Run => "run",
+            Self::Io => "io",
+        };
+        Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../resources/numbers/{name}.toml"))
+    }
+}
 
 /// The file's content. All figures are better when smaller.
 #[derive(Debug, Default, PartialEq, Serialize, Deserialize)]

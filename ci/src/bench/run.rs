@@ -5,13 +5,12 @@
 //! process on the real machine does would be charged to us.
 
 use std::collections::BTreeMap;
-use std::path::Path;
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 
 use super::inside::{Measure, Plan, Run};
-use super::promise::{self, Promise, Unit};
-use super::record::Record;
+use super::outcome::Outcome;
+use super::record::{Record, Suite};
 use crate::host::Host;
 use crate::host::emulator::Emulator;
 use crate::{assets, build, kernel, progress, setup};
@@ -24,20 +23,15 @@ const HEADER: &str = "\
 /// What `cargo xtask bench run` takes.
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Write the figures to resources/numbers/run.toml.
-    #[arg(long)]
-    record: bool,
-    /// Fail if a figure is not as good as promised, or 3% worse than on record.
-    #[arg(long)]
-    check: bool,
+    #[command(flatten)]
+    pub(super) outcome: Outcome,
 }
 
 const BARE: &str = "spawn to exit, bare boot";
 const RUN: &str = "spawn to exit, vmm run -- true";
+const OFF: &str = "spawn to exit, vmm run -- true, no sandbox";
 const NETWORK: &str = "spawn to exit, vmm run -- true, with a network";
 const FOLDER: &str = "spawn to exit, vmm run -- true, with a folder";
-
-const PROMISES: [Promise; 1] = [Promise { figure: RUN, part_of: Some(BARE), limit: 1.15 }];
 
 /// Seconds that an emulated host has for its runs.
 const TIME_LIMIT: u64 = 300;
@@ -78,19 +72,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     drop(step);
     let figures = measured.into_iter().map(|(name, measured)| (name, measured.value)).collect();
     let now = Record { versions, figures };
-    promise::print(&now, &PROMISES, |_| Unit::Time);
-    let mut broken = promise::broken(&now, &PROMISES, |_| Unit::Time)?;
-    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../resources/numbers/run.toml");
-    if args.record {
-        now.write(&file, HEADER)?;
-    } else if let Some(worse) = Record::read(&file)?.worse(&now, |_| 0) {
-        broken.extend(worse);
-    }
-    for line in &broken {
-        println!("Worse: {line}");
-    }
-    ensure!(!args.check || broken.is_empty(), "Figures are worse than promised or recorded: {}", broken.len());
-    Ok(())
+    args.outcome.judge(Suite::Run, &now, HEADER, |_| 0)
 }
 
 fn runs() -> Vec<Run> {
@@ -103,6 +85,7 @@ fn runs() -> Vec<Run> {
     vec![
         run(BARE, bare, REBOOTED),
         run(RUN, "vmm run --kernel vmlinux --network none --workdir / -- true", 0),
+        run(OFF, "vmm run --sandbox off --kernel vmlinux --network none --workdir / -- true", 0),
         run(FOLDER, "vmm run --kernel vmlinux --network none -- true", 0),
         run(NETWORK, "vmm run --kernel vmlinux --network user --workdir / -- true", 0),
     ]
