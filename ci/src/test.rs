@@ -7,10 +7,12 @@
 //!
 //! Left out: documentation tests.
 
+use std::cmp::Reverse;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Mutex, mpsc};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
 
@@ -30,6 +32,9 @@ const SEVERAL_PROCESSORS: [&str; 1] = ["smp"];
 const LONGEST: [&str; 8] = ["devices", "run", "host", "debian", "machines", "image", "crash", "fleet"];
 /// How many tests that boot guests run at a time in one executable: each guest keeps a processor busy.
 const BOOTING_TESTS: &str = "--test-threads=1";
+
+/// What took as long is named.
+const SLOW: Duration = Duration::from_secs(15);
 
 /// What stands for a failed test in whose result's line other words stand.
 const UNNAMED: &str = "a test, see its output";
@@ -189,6 +194,7 @@ struct Tally {
     /// Passed only when they ran once more.
     again: Vec<String>,
     not_run: Vec<String>,
+    slow: Vec<(Duration, String)>,
 }
 
 impl Tally {
@@ -205,16 +211,18 @@ impl Tally {
                 scope.spawn(move || {
                     let next = || queue.lock().expect("no lane panics").next();
                     while let Some(job) = next() {
+                        let begin = Instant::now();
                         let result = job.judge(args, step);
-                        if sender.send((job, result)).is_err() {
+                        if sender.send((job, result, begin.elapsed())).is_err() {
                             break;
                         }
                     }
                 });
             }
             drop(sender);
-            for (job, result) in ended {
+            for (job, result, took) in ended {
                 let (results, code) = result?;
+                self.slow.extend((took >= SLOW).then(|| (took, job.executable.name.clone())));
                 self.count(&step, &job.executable, results, code);
             }
             Ok(())
@@ -237,8 +245,12 @@ impl Tally {
         self.not_run.extend(results.ignored.into_iter().map(name));
     }
 
-    /// Prints what failed, what did so once, what was not run, and the last line.
-    fn close(&self) -> bool {
+    /// Prints what took long, what failed, what did so once, what was not run, and the last line.
+    fn close(mut self) -> bool {
+        self.slow.sort_by_key(|(took, _)| Reverse(*took));
+        for (took, name) in &self.slow {
+            println!("slow: {name}, {} s", took.as_secs());
+        }
         for test in &self.not_run {
             println!("not run (--all runs it): {test}");
         }

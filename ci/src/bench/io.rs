@@ -62,24 +62,25 @@ const QEMU_PCI: Peer = Peer {
 const PEERS: [&Peer; 2] = [&QEMU, &QEMU_PCI];
 const CONTENDERS: [&str; 3] = [OURS, QEMU.name, QEMU_PCI.name];
 
-/// What is appended to the name of a run, and of the figures, with vhost-net.
-pub(super) const VHOST: &str = ", vhost";
+/// What is appended to the name of figures with vhost-net.
+const VHOST: &str = ", vhost";
 const TAP: &str = "tap0";
 /// The processors of a machine, and the seconds that it may run on its host's clock. On the instruction clock it takes about
-/// four, or stands still.
+/// one, or stands still.
 #[derive(Clone, Copy)]
 struct Clock {
     cpus: u32,
     limit: u64,
 }
 
-const INSTRUCTIONS: Clock = Clock { cpus: 1, limit: 20 };
+const INSTRUCTIONS: Clock = Clock { cpus: 1, limit: 8 };
 const REAL: Clock = Clock { cpus: 2, limit: 120 };
 /// Seconds for Debian to come to its login prompt.
 const LOGIN_LIMIT: u64 = 120;
-/// Seconds that a host on the instruction clock has for one machine, which takes about fifty of them; of a second one
-/// beside it, too.
-const TIME_LIMIT: u64 = 300;
+/// How many machines a host on the instruction clock has one after the other: those of a contender.
+const TOGETHER: usize = DISK.len() + NET.len();
+/// Seconds that it has for them.
+const TIME_LIMIT: u64 = 600;
 
 /// What `cargo xtask bench io` takes.
 #[derive(clap::Args)]
@@ -103,9 +104,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let bench = Bench::new()?;
     let step = progress::step("Measuring on the instruction clock; this takes some minutes");
     let host = Host { timeout: TIME_LIMIT, icount: true, ..Host::default() };
-    let mut measured = bench.loads(args).carry_out(&host, 1)?;
+    let mut measured = bench.loads(args).carry_out(&host, TOGETHER)?;
     if !args.no_debian {
-        let host = Host { timeout: 2 * TIME_LIMIT, ..host };
         measured.extend(bench.logins()?.carry_out(&host, 1)?);
     }
     drop(step);
@@ -165,11 +165,14 @@ impl Bench {
     fn loads(&self, args: &Args) -> Plan {
         let mut plan = self.plan(Vec::new());
         for vhost in ["off", "on"] {
-            plan.runs.extend(PEERS.map(|peer| peer.run(vhost, INSTRUCTIONS)));
-            plan.runs.push(our_run(OURS, "disk", vhost, INSTRUCTIONS));
+            for peer in PEERS {
+                plan.runs.extend(loads(vhost).map(|load| peer.run(vhost, load, INSTRUCTIONS)));
+            }
+            plan.runs.extend(loads(vhost).map(|load| our_run(OURS, "disk", vhost, load, INSTRUCTIONS)));
         }
         for engine in ENGINES.iter().filter(|_| args.engines) {
-            plan.runs.push(our_run(engine, &format!("disk,engine={engine}"), "none", INSTRUCTIONS));
+            let disk = format!("disk,engine={engine}");
+            plan.runs.extend(DISK.iter().map(|load| our_run(engine, &disk, "none", load, INSTRUCTIONS)));
         }
         plan
     }
@@ -207,8 +210,10 @@ impl Bench {
             step.at(&format!("{} of {runs}", number + 1));
             let mut plan = self.plan(Vec::new());
             for vhost in ["off", "on"] {
-                plan.runs.push(our_run(OURS, "disk", vhost, REAL));
-                plan.runs.extend(PEERS.map(|peer| peer.run(vhost, REAL)));
+                for load in loads(vhost) {
+                    plan.runs.push(our_run(OURS, "disk", vhost, load, REAL));
+                    plan.runs.extend(PEERS.map(|peer| peer.run(vhost, load, REAL)));
+                }
             }
             let host = Host { timeout: 900, cpus: 2, ..Host::default() };
             let results = plan.carry_out_together(&host)?;
@@ -257,32 +262,34 @@ fn login_name(whose: &str) -> String {
     format!("boot to login, Debian, {whose}")
 }
 
-/// The name of a run, from which [`table::figures`] finds it.
-pub(super) fn run_name(whose: &str, vhost: &str) -> String {
-    format!("{whose}{}", if vhost == "on" { VHOST } else { "" })
+/// The name of a run, by which [`table::figures`] finds it.
+pub(super) fn run_name(whose: &str, vhost: &str, load: &Load) -> String {
+    format!("{whose}: {}", figure_name(vhost, load))
 }
 
-pub(super) fn loads(vhost: &str) -> Vec<&'static Load> {
-    match vhost {
-        "on" => NET.iter().collect(),
-        "none" => DISK.iter().collect(),
-        _ => DISK.iter().chain(&NET).collect(),
-    }
+/// What the figures of a load are called.
+pub(super) fn figure_name(vhost: &str, load: &Load) -> String {
+    format!("{}{}", load.name, if vhost == "on" { VHOST } else { "" })
 }
 
-fn our_run(whose: &str, disk: &str, vhost: &str, Clock { cpus, limit }: Clock) -> Run {
+/// What is measured so. With vhost-net a disk is no other.
+pub(super) fn loads(vhost: &str) -> impl Iterator<Item = &'static Load> {
+    DISK.iter().filter(move |_| vhost != "on").chain(&NET)
+}
+
+fn our_run(whose: &str, disk: &str, vhost: &str, load: &Load, Clock { cpus, limit }: Clock) -> Run {
     let words = format!("vmm --kernel vmlinux --initrd initramfs --mem 512M --cpus {cpus} --disk {disk} --cmdline");
     let mut words: Vec<String> = words.split(' ').map(str::to_owned).collect();
-    words.push(format!("quiet load=\"{}\"", script(&loads(vhost))));
+    words.push(format!("quiet load=\"{}\"", script(load)));
     if vhost != "none" {
         words.extend(["--net".to_owned(), format!("tap={TAP},vhost={vhost}")]);
     }
-    Run { name: run_name(whose, vhost), words, measure: Measure::Lines { code: 0, limit } }
+    Run { name: run_name(whose, vhost, load), words, measure: Measure::Lines { code: 0, limit } }
 }
 
 impl Peer {
-    fn run(&self, vhost: &str, Clock { cpus, limit }: Clock) -> Run {
-        let cmdline = format!("console=ttyS0 reboot=t panic=-1 quiet load=\"{}\"", script(&loads(vhost)));
+    fn run(&self, vhost: &str, load: &Load, Clock { cpus, limit }: Clock) -> Run {
+        let cmdline = format!("console=ttyS0 reboot=t panic=-1 quiet load=\"{}\"", script(load));
         let options = format!(
             "-M {} -m 512 -smp {cpus} -serial stdio -kernel vmlinux -initrd initramfs {} \
              -netdev tap,id=net,ifname={TAP},script=no,downscript=no,vhost={vhost} -device {}",
@@ -291,7 +298,7 @@ impl Peer {
             self.net
         );
         Run {
-            name: run_name(self.name, vhost),
+            name: run_name(self.name, vhost, load),
             words: qemu::words(&cmdline, &options),
             measure: Measure::Lines { code: 0, limit },
         }

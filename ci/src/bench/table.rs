@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use anyhow::{Context, Result};
 
 use super::inside::Measured;
-use super::io::{VHOST, loads, run_name};
+use super::io::{figure_name, loads, run_name};
 use super::load::Figure;
 use super::record::ratio;
 
@@ -16,9 +16,9 @@ pub(super) type Figures = BTreeMap<String, Figure>;
 pub(super) fn figures(measured: &BTreeMap<String, Measured>, whose: &str) -> Result<Figures> {
     let mut figures = Figures::new();
     for vhost in ["off", "on"] {
-        let Some(measured) = measured.get(&run_name(whose, vhost)) else { continue };
         for load in loads(vhost) {
-            let name = run_name(load.name, vhost);
+            let name = figure_name(vhost, load);
+            let Some(measured) = measured.get(&run_name(whose, vhost, load)) else { continue };
             let figure = load.figure(&measured.lines);
             if let Some(figure) = figure.with_context(|| format!("{whose}: {name}"))? {
                 figures.insert(name, figure);
@@ -31,11 +31,12 @@ pub(super) fn figures(measured: &BTreeMap<String, Measured>, whose: &str) -> Res
 /// The median of each figure over the runs that gave it.
 pub(super) fn medians(measured: &BTreeMap<String, Measured>, whose: &str) -> Result<Figures> {
     let mut all: BTreeMap<String, Vec<Figure>> = BTreeMap::new();
-    for (name, measured) in measured {
-        let Some((_, name)) = name.split_once(' ') else { continue };
-        let vhost = if name.ends_with(VHOST) { "on" } else { "off" };
-        for load in loads(vhost).into_iter().filter(|_| name == run_name(whose, vhost)) {
-            all.entry(run_name(load.name, vhost)).or_default().extend(load.figure(&measured.lines)?);
+    for (vhost, load) in ["off", "on"].into_iter().flat_map(|vhost| loads(vhost).map(move |load| (vhost, load))) {
+        let run = run_name(whose, vhost, load);
+        for (_, measured) in
+            measured.iter().filter(|(name, _)| name.split_once(' ').is_some_and(|(_, name)| name == run))
+        {
+            all.entry(figure_name(vhost, load)).or_default().extend(load.figure(&measured.lines)?);
         }
     }
     let middle = |mut figures: Vec<Figure>| {
@@ -53,7 +54,7 @@ pub(super) fn print([ours, mmio, pci]: &[Figures; 3]) {
     );
     for vhost in ["off", "on"] {
         for load in loads(vhost) {
-            let name = run_name(load.name, vhost);
+            let name = figure_name(vhost, load);
             let own = ours.get(&name);
             let [mmio_cell, pci_cell] = [mmio, pci].map(|peer| match (own, peer.get(&name)) {
                 (Some(own), Some(peer)) => {
