@@ -1,5 +1,8 @@
-//! What virtiofsd is confined to before it runs: it dies with us, has no network, and sees the host's files read-only
+//! What virtiofsd is confined to before it runs: it dies with us, makes no sockets, and sees the host's files read-only
 //! where that was asked for, which no option of the C virtiofsd does.
+//!
+//! A filter keeps it from sockets, and no network namespace does: to make one and to take it apart costs the host far
+//! more than all else of virtiofsd's start.
 //!
 //! It changes its root to the folder by itself, and gives up every right but those that have to do with files. An
 //! ordinary user is root in a user namespace, where nobody but that user exists.
@@ -28,6 +31,7 @@ pub(super) fn confine(command: &mut Command, readonly: bool) {
         let maps = maps.as_ref().map(|(users, groups)| (users.as_str(), groups.as_str()));
         enter(maps, readonly)?;
         keep_folder()?;
+        forbid_sockets()?;
         die_with(parent)
     };
     // SAFETY: the closure makes system calls, on texts that were made before; it neither allocates nor takes a lock.
@@ -37,7 +41,7 @@ pub(super) fn confine(command: &mut Command, readonly: bool) {
 fn enter(maps: Option<(&str, &str)>, readonly: bool) -> io::Result<()> {
     let user = if maps.is_some() { libc::CLONE_NEWUSER } else { 0 };
     // SAFETY: no memory is passed.
-    check(unsafe { libc::unshare(user | libc::CLONE_NEWNS | libc::CLONE_NEWNET) })?;
+    check(unsafe { libc::unshare(user | libc::CLONE_NEWNS) })?;
     if let Some((users, groups)) = maps {
         std::fs::write("/proc/self/setgroups", "deny")?;
         std::fs::write("/proc/self/uid_map", users)?;
@@ -78,6 +82,49 @@ fn keep_folder() -> io::Result<()> {
     check(folder)?;
     // SAFETY: no memory is passed; what was standard output is not used any more.
     check(unsafe { libc::dup2(folder, libc::STDOUT_FILENO) })
+}
+
+/// Offsets in `seccomp_data` (seccomp(2)).
+const CALL: u32 = 0;
+const ARCHITECTURE: u32 = 4;
+/// `AUDIT_ARCH_X86_64`.
+const X86_64: u32 = 0xc000_003e;
+/// Numbers from here on are calls of the x32 ABI.
+const X32: u32 = 0x4000_0000;
+
+const fn load(offset: u32) -> libc::sock_filter {
+    instruction(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, offset)
+}
+
+const fn answer(action: u32) -> libc::sock_filter {
+    instruction(libc::BPF_RET | libc::BPF_K, 0, 0, action)
+}
+
+#[expect(clippy::cast_possible_truncation, reason = "codes and numbers of calls are small")]
+const fn instruction(code: u32, jt: u8, jf: u8, k: u32) -> libc::sock_filter {
+    libc::sock_filter { code: code as u16, jt, jf, k }
+}
+
+/// No socket but those that it has, and no ring by which to make one past this filter. It stays for all that virtiofsd becomes.
+#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "codes and numbers of calls are small")]
+static NO_SOCKETS: [libc::sock_filter; 9] = [
+    load(ARCHITECTURE),
+    instruction(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 6, X86_64),
+    load(CALL),
+    instruction(libc::BPF_JMP | libc::BPF_JGE | libc::BPF_K, 4, 0, X32),
+    instruction(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 2, 0, libc::SYS_socket as u32),
+    instruction(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 1, 0, libc::SYS_io_uring_setup as u32),
+    answer(libc::SECCOMP_RET_ALLOW),
+    answer(libc::SECCOMP_RET_ERRNO | libc::EACCES as u32),
+    answer(libc::SECCOMP_RET_KILL_PROCESS),
+];
+
+fn forbid_sockets() -> io::Result<()> {
+    // SAFETY: no memory is passed.
+    check(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) })?;
+    let program = libc::sock_fprog { len: 9, filter: (&raw const NO_SOCKETS).cast_mut().cast() };
+    // SAFETY: the kernel reads as many instructions as there are, which live for ever, and writes nothing.
+    check(unsafe { libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const program) })
 }
 
 /// A socket that closes ends virtiofsd, too, but only when it has done what it is at.

@@ -210,6 +210,14 @@ fn readonly_is_kept_by_the_host() {
 }
 
 #[test]
+fn virtiofsd_makes_no_sockets() {
+    let share = Share::new("", "bash -c ': </dev/tcp/127.0.0.1/9' 2>$F/said");
+    drop(share.open());
+    let said = fs::read_to_string(share.folder.path().join("said")).unwrap();
+    assert!(said.contains("Permission denied"), "{said}");
+}
+
+#[test]
 fn virtiofsd_ends_with_its_device() {
     let share = Share::new("", SAYS_PID);
     let mut guest = testing::mmio(share.open());
