@@ -1,8 +1,8 @@
 //! `cargo xtask bench run`: what `vmm run -- true` takes from its start to its end, beside the bare boot of the same
 //! kernel with an init that ends at once.
 //!
-//! The guest's programs come from the emulated host's memory: where they come from the shared file system, what another
-//! process on the real machine does would be charged to us.
+//! The guest's programs, and what `vmm` and its helpers read, come from the emulated host's memory: where they come from the
+//! shared file system, the time that another process on the real machine takes would be charged to us.
 
 use std::collections::BTreeMap;
 
@@ -48,6 +48,9 @@ const PREPARE: &str = "set -e
     for name in bin lib lib64; do
         if [ -d $root/$name ]; then mkdir -p $root/usr/$name; cp -a $root/$name/. $root/usr/$name/; fi
     done
+    cp -a /etc $root
+    mount --bind $root/etc /etc
+    mount -t tmpfs none /opt
     mount --bind $root/usr /usr";
 
 /// Runs the verb.
