@@ -25,8 +25,13 @@ pub(crate) fn vmm() -> Result<PathBuf> {
 }
 
 /// The executables that `vmm` starts for some of its verbs, with their packages.
-const COMPANIONS: [(&str, &str); 4] =
-    [("api", "vmm-ctl"), ("fleet", "vmm-fleet"), ("oci", "vmm-oci"), ("session", "vmm-session")];
+const COMPANIONS: [(&str, &str); 5] = [
+    ("api", "vmm-ctl"),
+    ("bench", "vmm-bench"),
+    ("fleet", "vmm-fleet"),
+    ("oci", "vmm-oci"),
+    ("session", "vmm-session"),
+];
 
 /// A `vmm` with its companions beside it. Those are of the build for tests: they run no guests, and are many times quicker
 /// to build.

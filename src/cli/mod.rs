@@ -99,6 +99,9 @@ enum Command {
     Services(Passed),
     /// Controls a machine that runs, through its --api-socket
     Ctl(Passed),
+    /// Measures what a machine costs against a container and a plain process
+    #[command(disable_help_flag = true)]
+    Bench(Passed),
     /// Runs a command in a machine of its own: vmm run -- make test
     Run(Box<RunSpec>),
     /// Shows the machines of vmm run
@@ -199,6 +202,7 @@ pub(crate) fn run(start: Instant) -> anyhow::Result<ExitCode> {
             | Command::Services(_),
         ) => companion::become_it("vmm-fleet", std::env::args_os().skip(1)),
         Some(Command::Ctl(passed)) => companion::become_it("vmm-ctl", passed.words),
+        Some(Command::Bench(passed)) => companion::become_it("vmm-bench", passed.words),
         Some(Command::Run(spec)) => {
             crate::logger::start(LevelFilter::Warn, None)?;
             Ok(crate::run::run(&spec, start))

@@ -16,7 +16,7 @@ const ORDER: [&[&str]; 8] = [
     &["virtio"],
     &["devices"],
     &["machine"],
-    &["api", "sandbox", "fleet"],
+    &["api", "bench", "fleet", "sandbox"],
     &["vmm", "xtask"],
 ];
 
