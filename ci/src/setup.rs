@@ -14,6 +14,7 @@ const PACKAGES: &[&str] = &[
     "qemu-system-x86",
     // The tests.
     "cpio",
+    "crun",
     "dnsmasq-base",
     "iproute2",
     "nftables",

@@ -29,7 +29,7 @@ const ANY_KVM: [&str; 5] = ["bad_devices", "bad_input", "control", "sandbox", "t
 /// Those whose guests have several processors: on one processor a guest's wait for each other, and for nothing else.
 const SEVERAL_PROCESSORS: [&str; 1] = ["smp"];
 /// Those that take minutes.
-const LONGEST: [&str; 8] = ["devices", "run", "host", "debian", "machines", "image", "crash", "fleet"];
+const LONGEST: [&str; 9] = ["bench", "devices", "run", "host", "debian", "machines", "image", "crash", "fleet"];
 /// How many tests that boot guests run at a time in one executable: each guest keeps a processor busy.
 const BOOTING_TESTS: &str = "--test-threads=1";
 

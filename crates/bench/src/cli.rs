@@ -1,5 +1,6 @@
 //! The command line.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -18,7 +19,7 @@ use crate::measure::Group;
 use crate::result::{self, Report, VERSION, write_whole};
 use crate::run::Run;
 use crate::site::Site;
-use crate::{compare, csv, html, run, table};
+use crate::{compare, csv, html, run, table, tools};
 
 /// The exit code where a condition of --fail-if holds.
 const CONDITION_HOLDS: u8 = 3;
@@ -141,6 +142,12 @@ fn compare_files(before: &Path, after: &Path) -> anyhow::Result<ExitCode> {
 
 fn bench(args: &BenchArgs) -> anyhow::Result<ExitCode> {
     let interrupt = Interrupt::watch().context("cannot watch for signals")?;
+    if let Some(kernel) = &args.kernel
+        && let Err(error) = File::open(kernel)
+    {
+        eprintln!("vmm bench: cannot open the kernel {}: {error}; say --kernel with another", kernel.display());
+        return Ok(ExitCode::from(2));
+    }
     std::fs::create_dir_all(&args.output)
         .with_context(|| format!("cannot make {}: say -o with another folder", args.output.display()))?;
     let (contenders, mut skipped) = match contender::find(args.with.as_deref(), &interrupt) {
@@ -150,7 +157,10 @@ fn bench(args: &BenchArgs) -> anyhow::Result<ExitCode> {
     };
     let groups = args.only.clone().unwrap_or_else(|| args.suite.groups());
     let pinned = spare_cpu();
-    let site = Site::make(args.kernel.as_deref(), groups.contains(&Group::Disk), &[])?;
+    // In the quick suite a tool's own start would take longer than the measure.
+    let (tools, missing) = if args.suite == Suite::Full { tools::find(&groups) } else { Default::default() };
+    skipped.extend(missing);
+    let site = Site::make(args.kernel.as_deref(), groups.contains(&Group::Disk), &tools)?;
     let (contenders, unable) = able(contenders, &site);
     skipped.extend(unable);
     let report = Report {
@@ -173,7 +183,9 @@ fn bench(args: &BenchArgs) -> anyhow::Result<ExitCode> {
     report.write(&args.output.join("result.json"))?;
     print(&table::head(&report))?;
     let common = Common { limit: Duration::from_secs(args.time_limit), cpu: pinned, memory: args.mem.0 >> 20 };
-    let report = Run::new(&site, &contenders, &interrupt, common, args.suite.millis(), report).measure(&groups);
+    let mut run = Run::new(&site, &contenders, &interrupt, common, args.suite.millis(), report);
+    run.tools = tools;
+    let report = run.measure(&groups);
     write(&report, &args.output)?;
     print(&table::whole(&report))?;
     print(&format!("\n{} has result.json, result.csv and report.html\n", args.output.display()))?;

@@ -15,14 +15,17 @@ const TIMES: u32 = 3;
 pub(crate) fn measure(run: &mut Run<'_>) -> Result<(), Fault> {
     let work = Work { groups: vec!["idle"], ..Work::default() };
     for round in 0..TIMES {
-        for contender in run.contenders {
+        for (at, contender) in run.contenders.iter().enumerate() {
+            if run.is_gone(at) {
+                continue;
+            }
             let before = available().map_err(Fault::Other)?;
             let budget = BUDGET.min(before / 2);
             let mut instances = Vec::new();
             let mut used = 0;
             while used < budget && instances.len() < MOST {
                 let started = run.start(contender, &work).and_then(|mut instance| {
-                    instance.wait(Until::Byte(MARK), run.interrupt)?;
+                    instance.wait(Until::Text(&[MARK]), run.interrupt)?;
                     Ok(instance)
                 });
                 match started {

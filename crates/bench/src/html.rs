@@ -131,7 +131,7 @@ fn phases(all: &[Phases]) -> String {
             let (x, width) = (from / most * WIDTH, time / most * WIDTH);
             write!(bars, "<rect class=\"p{at}\" x=\"{x:.1}\" y=\"4\" width=\"{width:.1}\" height=\"16\"/>")
                 .expect("a string takes every write");
-            words.push(format!("<span class=\"key p{at}\"></span>{name} {}", number(time)));
+            words.push(format!("<span class=\"part\"><span class=\"key p{at}\"></span>{name} {}</span>", number(time)));
             from += time;
         }
         let name = escaped(&one.contender);
@@ -142,7 +142,7 @@ fn phases(all: &[Phases]) -> String {
              <span class=\"value\"><b>{}</b> <small>of {}</small></span><span class=\"verdict\">{}</span></div>",
             number(one.sum()),
             number(one.whole),
-            words.join(" &nbsp;")
+            words.join(" ")
         )
         .expect("a string takes every write");
     }

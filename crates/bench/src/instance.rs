@@ -53,8 +53,8 @@ impl fmt::Display for Fault {
 /// What to wait for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Until {
-    /// This byte on its standard output.
-    Byte(u8),
+    /// This on its standard output.
+    Text(&'static [u8]),
     /// Its end.
     Exit,
 }
@@ -108,10 +108,10 @@ impl Instance {
     pub(crate) fn wait(&mut self, until: Until, interrupt: &Interrupt) -> Result<Instant, Fault> {
         loop {
             match (until, self.exited) {
-                (Until::Byte(byte), _) if self.streams[0].arrival(&[byte]).is_some() => {
-                    return Ok(self.streams[0].arrival(&[byte]).expect("it has just been seen"));
+                (Until::Text(text), _) if self.streams[0].arrival(text).is_some() => {
+                    return Ok(self.streams[0].arrival(text).expect("it has just been seen"));
                 }
-                (Until::Byte(_), Some((_, status))) => return Err(self.fault(&format!("ended too early ({status})"))),
+                (Until::Text(_), Some((_, status))) => return Err(self.fault(&format!("ended too early ({status})"))),
                 (Until::Exit, Some((at, _))) => return Ok(at),
                 _ => {}
             }
@@ -305,7 +305,7 @@ mod tests {
     fn a_byte_and_the_end_are_seen_when_they_come() {
         let interrupt = Interrupt::watch().unwrap();
         let mut instance = start("printf 'a\\002b'; echo words >&2; exit 3", LONG);
-        let marked = instance.wait(Until::Byte(2), &interrupt).unwrap();
+        let marked = instance.wait(Until::Text(&[2]), &interrupt).unwrap();
         let exited = instance.wait(Until::Exit, &interrupt).unwrap();
         assert!(instance.spawned < marked && marked <= exited);
         assert_eq!(instance.status().unwrap().code(), Some(3));
@@ -316,7 +316,7 @@ mod tests {
     fn one_that_hangs_is_ended_with_all_that_it_started() {
         let interrupt = Interrupt::watch().unwrap();
         let mut instance = start("sleep 1000 & echo $!; wait", Duration::from_millis(300));
-        let fault = instance.wait(Until::Byte(2), &interrupt).unwrap_err();
+        let fault = instance.wait(Until::Text(&[2]), &interrupt).unwrap_err();
         assert!(fault.to_string().starts_with("still there after 0 s"), "{fault}");
         let sleeper: u32 = instance.output().trim().parse().unwrap();
         drop(instance);
@@ -331,7 +331,7 @@ mod tests {
     #[test]
     fn one_that_ends_early_is_told_with_its_last_words() {
         let interrupt = Interrupt::watch().unwrap();
-        let fault = start("echo no rights >&2; exit 1", LONG).wait(Until::Byte(2), &interrupt).unwrap_err();
+        let fault = start("echo no rights >&2; exit 1", LONG).wait(Until::Text(&[2]), &interrupt).unwrap_err();
         assert_eq!(fault.to_string(), "ended too early (exit status: 1): no rights");
     }
 

@@ -1,7 +1,7 @@
 //! How each contender is started with the same work.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 
 use crate::contender::{Contender, Kind};
 use crate::instance::Launch;
+use crate::netns::TAP;
 use crate::site::Site;
 use crate::work::{VARIABLE, VERB};
 
@@ -23,6 +24,10 @@ pub(crate) struct Work {
     pub(crate) millis: u64,
     /// Whether there is a disk.
     pub(crate) has_disk: bool,
+    /// Whether kept tools measure, which are in the root folder.
+    pub(crate) has_tools: bool,
+    /// Whether there is a network, and where a container can open it.
+    pub(crate) network: Option<PathBuf>,
 }
 
 /// What all contenders have in common.
@@ -32,6 +37,13 @@ pub(crate) struct Common {
     pub(crate) cpu: Option<usize>,
     /// MiB of a machine.
     pub(crate) memory: u64,
+}
+
+impl Common {
+    /// MiB of a machine with this work: tools live in its memory, packed and unpacked at first.
+    pub(crate) fn memory(&self, work: &Work) -> u64 {
+        if work.has_tools { self.memory.max(1024) } else { self.memory }
+    }
 }
 
 /// What the kernel of every machine is told. Ours has the rest of it by itself.
@@ -63,6 +75,7 @@ impl Work {
         if self.has_disk {
             pairs.push(format!("disk={disk}"));
         }
+        pairs.extend(self.has_tools.then(|| "tools=1".to_owned()));
         pairs
     }
 
@@ -103,7 +116,7 @@ fn container(contender: &Contender, site: &Site, work: &Work) -> anyhow::Result<
 /// As `runc spec` has it: the namespaces, the rights and the mounts of a container, and no filter on system calls.
 fn bundle_config(site: &Site, work: &Work) -> Value {
     let rights = ["CAP_AUDIT_WRITE", "CAP_KILL", "CAP_NET_BIND_SERVICE"];
-    let mut mounts = vec![
+    let mounts = [
         json!({ "destination": "/proc", "type": "proc", "source": "proc" }),
         json!({ "destination": "/dev", "type": "tmpfs", "source": "tmpfs",
                 "options": ["nosuid", "strictatime", "mode=755", "size=65536k"] }),
@@ -111,16 +124,17 @@ fn bundle_config(site: &Site, work: &Work) -> Value {
                 "options": ["nosuid", "noexec", "nodev", "mode=1777", "size=65536k"] }),
         json!({ "destination": "/tmp", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "nodev"] }),
     ];
-    if work.has_disk {
-        mounts
-            .push(json!({ "destination": "/disk", "type": "bind", "source": site.disk(), "options": ["bind", "rw"] }));
-    }
-    let namespaces = ["pid", "ipc", "uts", "mount", "network"].map(|kind| json!({ "type": kind }));
+    let namespaces = ["pid", "ipc", "uts", "mount"].map(|kind| json!({ "type": kind }));
     let mut linux = json!({
         "namespaces": namespaces,
         "maskedPaths": ["/proc/kcore", "/proc/keys", "/proc/timer_list", "/sys/firmware"],
         "readonlyPaths": ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"],
     });
+    let network = match &work.network {
+        Some(path) => json!({ "type": "network", "path": path }),
+        None => json!({ "type": "network" }),
+    };
+    linux["namespaces"].as_array_mut().expect("it is a list").push(network);
     let (user, group) = (rustix::process::geteuid(), rustix::process::getegid());
     if !user.is_root() {
         linux["namespaces"].as_array_mut().expect("it is a list").push(json!({ "type": "user" }));
@@ -151,14 +165,17 @@ fn kernel(site: &Site) -> anyhow::Result<&Path> {
 
 fn vmm(contender: &Contender, site: &Site, work: &Work, common: Common) -> anyhow::Result<Command> {
     let mut command = Command::new(&contender.program);
-    command.arg("--kernel").arg(kernel(site)?).arg("--initrd").arg(site.initramfs());
-    command.arg("--mem").arg(format!("{}M", common.memory)).args(["--on-reboot", "exit"]);
+    command.arg("--kernel").arg(kernel(site)?).arg("--initrd").arg(site.initramfs(work.has_tools));
+    command.arg("--mem").arg(format!("{}M", common.memory(work))).args(["--on-reboot", "exit"]);
     command.arg("--cmdline").arg(work.cmdline("poweroff"));
     if work.groups.is_empty() {
         command.arg("--boot-timer");
     }
     if work.has_disk {
         command.arg("--disk").arg(site.disk());
+    }
+    if work.network.is_some() {
+        command.arg("--net").arg(format!("tap={TAP}"));
     }
     Ok(command)
 }
@@ -167,13 +184,18 @@ fn qemu(contender: &Contender, site: &Site, work: &Work, common: Common) -> anyh
     let mut command = Command::new(&contender.program);
     command.args(["-M", "microvm,pit=off,pic=off,rtc=off,x-option-roms=off", "-accel", "kvm", "-cpu", "host"]);
     command.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-serial", "stdio"]);
-    command.args(["-smp", "1", "-m", &common.memory.to_string()]);
-    command.arg("-kernel").arg(kernel(site)?).arg("-initrd").arg(site.initramfs());
+    command.args(["-smp", "1", "-m", &common.memory(work).to_string()]);
+    command.arg("-kernel").arg(kernel(site)?).arg("-initrd").arg(site.initramfs(work.has_tools));
     command.arg("-append").arg(format!("reboot=t {SAME} {}", work.cmdline("reboot")));
     if work.has_disk {
         let disk = site.disk();
         command.arg("-drive").arg(format!("if=none,id=disk,format=raw,aio=io_uring,file={}", disk.display()));
         command.args(["-device", "virtio-blk-device,drive=disk"]);
+    }
+    if work.network.is_some() {
+        let vhost = if Path::new("/dev/vhost-net").exists() { "on" } else { "off" };
+        command.arg("-netdev").arg(format!("tap,id=net,ifname={TAP},script=no,downscript=no,vhost={vhost}"));
+        command.args(["-device", "virtio-net-device,netdev=net"]);
     }
     Ok(command)
 }
@@ -182,14 +204,17 @@ fn firecracker(contender: &Contender, site: &Site, work: &Work, common: Common) 
     let config = site.own(&contender.name)?.join("machine.json");
     let disk =
         json!({ "drive_id": "disk", "path_on_host": site.disk(), "is_root_device": false, "is_read_only": false });
+    let card = json!({ "iface_id": "eth0", "host_dev_name": TAP });
+    let network = if work.network.is_some() { vec![card] } else { Vec::new() };
     let machine = json!({
         "boot-source": {
             "kernel_image_path": site.vmlinux()?,
-            "initrd_path": site.initramfs(),
+            "initrd_path": site.initramfs(work.has_tools),
             "boot_args": format!("reboot=k pci=off {SAME} {}", work.cmdline("reboot")),
         },
         "drives": if work.has_disk { vec![disk] } else { Vec::new() },
-        "machine-config": { "vcpu_count": 1, "mem_size_mib": common.memory },
+        "network-interfaces": network,
+        "machine-config": { "vcpu_count": 1, "mem_size_mib": common.memory(work) },
     });
     fs::write(&config, machine.to_string()).context("cannot write the machine's configuration")?;
     let mut command = Command::new(&contender.program);
@@ -199,12 +224,15 @@ fn firecracker(contender: &Contender, site: &Site, work: &Work, common: Common) 
 
 fn cloud_hypervisor(contender: &Contender, site: &Site, work: &Work, common: Common) -> anyhow::Result<Command> {
     let mut command = Command::new(&contender.program);
-    command.arg("--kernel").arg(site.vmlinux()?).arg("--initramfs").arg(site.initramfs());
-    command.arg("--memory").arg(format!("size={}M", common.memory)).args(["--cpus", "boot=1"]);
+    command.arg("--kernel").arg(site.vmlinux()?).arg("--initramfs").arg(site.initramfs(work.has_tools));
+    command.arg("--memory").arg(format!("size={}M", common.memory(work))).args(["--cpus", "boot=1"]);
     command.args(["--serial", "tty", "--console", "off"]);
     command.arg("--cmdline").arg(format!("reboot=t {SAME} {}", work.cmdline("poweroff")));
     if work.has_disk {
         command.arg("--disk").arg(format!("path={}", site.disk().display()));
+    }
+    if work.network.is_some() {
+        command.arg("--net").arg(format!("tap={TAP}"));
     }
     Ok(command)
 }
@@ -215,7 +243,7 @@ mod tests {
 
     #[test]
     fn the_work_is_said_in_words_and_on_the_command_line_alike() {
-        let work = Work { groups: vec!["cpu", "disk"], millis: 5, has_disk: true };
+        let work = Work { groups: vec!["cpu", "disk"], millis: 5, has_disk: true, ..Work::default() };
         assert_eq!(work.words("/init", "/disk"), ["/init", "work", "groups=cpu,disk", "millis=5", "disk=/disk"]);
         assert_eq!(
             work.cmdline("reboot"),
@@ -225,12 +253,21 @@ mod tests {
     }
 
     #[test]
-    fn a_container_has_the_disk_only_where_there_is_one() {
+    fn a_container_is_in_the_network_that_there_is_and_else_in_one_of_its_own() {
         let site = Site::make(None, false, &[]).unwrap();
-        let mounts = |has_disk| {
-            let config = bundle_config(&site, &Work { has_disk, ..Work::default() });
-            config["mounts"].as_array().unwrap().len()
+        let network = |network| {
+            let config = bundle_config(&site, &Work { network, ..Work::default() });
+            let all = config["linux"]["namespaces"].as_array().unwrap().clone();
+            all.into_iter().find(|namespace| namespace["type"] == "network").unwrap()
         };
-        assert_eq!(mounts(true), mounts(false) + 1);
+        assert_eq!(network(None), json!({ "type": "network" }));
+        assert_eq!(network(Some("/x".into())), json!({ "type": "network", "path": "/x" }));
+    }
+
+    #[test]
+    fn tools_need_a_machine_with_room_for_them() {
+        let common = Common { limit: Duration::ZERO, cpu: None, memory: 256 };
+        let with = |has_tools| common.memory(&Work { has_tools, ..Work::default() });
+        assert_eq!((with(false), with(true)), (256, 1024));
     }
 }

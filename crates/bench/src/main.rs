@@ -14,6 +14,8 @@ mod instance;
 mod interrupt;
 mod launch;
 mod measure;
+mod netns;
+mod network;
 mod phases;
 mod pss;
 mod result;

@@ -20,7 +20,7 @@ pub(crate) enum Group {
     Disk,
     /// The network: throughput, latency, new connections
     Network,
-    /// A web server and a database under load
+    /// A web server under load
     Services,
     /// How many idle instances an amount of memory holds
     Density,
@@ -92,7 +92,7 @@ pub(crate) struct Measure {
 }
 
 /// All measures, in the order in which they are shown.
-pub(crate) const ALL: [Measure; 36] = [
+pub(crate) const ALL: [Measure; 33] = [
     lower("start", Group::Start, "ms", "spawn to the workload's first useful instruction"),
     lower("start-exit", Group::Start, "ms", "spawn to exit"),
     lower("memory-outside", Group::Memory, "KiB", "proportional set size outside of guest RAM"),
@@ -125,10 +125,7 @@ pub(crate) const ALL: [Measure; 36] = [
     higher("network-connect", Group::Network, "1/s", "new connections, one after another"),
     higher("nginx", Group::Services, "1/s", "nginx, requests for a small file (wrk)"),
     lower("nginx-99", Group::Services, "ms", "nginx, latency, 99th percentile (wrk)"),
-    higher("postgres", Group::Services, "1/s", "PostgreSQL, transactions (pgbench)"),
-    lower("postgres-latency", Group::Services, "ms", "PostgreSQL, mean latency (pgbench)"),
     higher("density", Group::Density, "1/GiB", "idle instances that memory holds"),
-    higher("stress-syscall", Group::System, "1/s", "stress-ng: get, bogus operations"),
 ];
 
 const fn lower(name: &'static str, group: Group, unit: &'static str, title: &'static str) -> Measure {

@@ -5,10 +5,10 @@
 //! | process | spawn to the workload's `main` | the same, the runtime's work in it | spawn to vmm's `main` | cannot be seen |
 //! | KVM | | | to the first instruction of the guest | cannot be seen |
 //! | kernel | | | to the workload's `main` | spawn to the workload's `main` |
-//! | user space | to the first useful instruction | the same | the same | the same |
+//! | user space | until the first byte arrives | the same | until it is written | the same |
 //!
-//! The whole is timed outside by the workload's first byte, the phases by other marks: `vmm --boot-timer`, the clock that
-//! processes of one kernel share. That the phases add up to the whole is checked and not made so.
+//! The whole is timed outside by the workload's first byte, the phases of a machine by other marks: `vmm --boot-timer` and
+//! the guest's own clock. That they add up to the whole is checked and not made so.
 
 use std::time::{Duration, Instant};
 
@@ -93,7 +93,7 @@ impl BootTimer {
 impl Seen<'_> {
     /// The phases; none where the marks contradict each other.
     pub(crate) fn phases(&self) -> Option<Phases> {
-        let user = self.marked.checked_sub(self.begun)?;
+        let within = self.marked.checked_sub(self.begun)?;
         let (process, kvm, kernel) = match self.timer {
             // The line comes when the guest marks: what the timer has counted less came before vmm's `main`.
             Some((timer, arrival)) => (
@@ -102,8 +102,9 @@ impl Seen<'_> {
                 Some(timer.guest_mark - timer.first_instruction),
             ),
             None if self.shares_kernel => (self.begun.checked_sub(self.spawn_clock)?, None, None),
-            None => (self.whole.checked_sub(user)?, None, None),
+            None => (self.whole.checked_sub(within)?, None, None),
         };
+        let user = if self.shares_kernel { self.whole.checked_sub(process)? } else { within };
         let opaque = self.timer.is_none() && !self.shares_kernel;
         let ms = |time: Duration| time.as_secs_f64() * 1e3;
         Some(Phases {
@@ -159,7 +160,7 @@ mod tests {
     #[test]
     fn the_phases_of_a_container_are_told_by_the_clock_that_it_shares() {
         let phases = Seen { shares_kernel: true, begun: ms(5090), marked: ms(5099), ..seen() }.phases().unwrap();
-        assert_eq!((phases.process, phases.user, phases.opaque), (90.0, 9.0, false));
+        assert_eq!((phases.process, phases.user, phases.opaque), (90.0, 10.0, false));
         assert!(phases.gap() < 0.02);
     }
 

@@ -9,6 +9,7 @@ use std::path::Path;
 
 use anyhow::{Context as _, ensure};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::host::Host;
 use crate::measure::{self, Better, Measure};
@@ -158,9 +159,11 @@ impl Report {
         let cure = "name a result.json that `vmm bench` of this version has written";
         read.with_context(|| format!("{name} is no result: {cure}"))?;
         ensure!(text.len() as u64 <= MOST, "{name} is larger than any result: {cure}");
-        let value: serde_json::Value =
+        let value: Value =
             serde_json::from_str(&text).with_context(|| format!("{name} is no result, or is damaged: {cure}"))?;
-        let version = value.get("version").and_then(serde_json::Value::as_u64);
+        // Much of it is shown on terminals.
+        ensure!(is_printable(&value), "{name} is damaged, it has control characters: {cure}");
+        let version = value.get("version").and_then(Value::as_u64);
         let version = version.with_context(|| format!("{name} is no result, it has no version: {cure}"))?;
         ensure!(
             version == u64::from(VERSION),
@@ -188,6 +191,17 @@ impl Report {
             }
         }
         Ok(())
+    }
+}
+
+/// Whether no text in it has control characters.
+fn is_printable(value: &Value) -> bool {
+    let is_text = |text: &str| !text.contains(char::is_control);
+    match value {
+        Value::String(text) => is_text(text),
+        Value::Array(all) => all.iter().all(is_printable),
+        Value::Object(all) => all.iter().all(|(key, value)| is_text(key) && is_printable(value)),
+        _ => true,
     }
 }
 
@@ -247,6 +261,7 @@ mod tests {
             whole.replacen("\"value\":10.0", "\"value\":-10.0", 1),
             whole.replacen("\"value\":10.0", "\"value\":1e999", 1),
             whole.replacen("\"low\":", "\"low\":9e9,\"was\":", 1),
+            whole.replacen("\"quick\"", "\"\\u001b[2J\"", 1),
         ] {
             let error = format!("{:#}", read(&damaged).unwrap_err());
             assert!(error.contains("name a result.json"), "{error}");

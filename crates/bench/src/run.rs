@@ -10,17 +10,22 @@ use crate::instance::{Fault, Instance, Until};
 use crate::interrupt::Interrupt;
 use crate::launch::{Common, Work, launch};
 use crate::measure::{self, Group};
+use crate::netns::Network;
+use crate::network;
 use crate::phases::{self, BootTimer, Phases, Seen};
 use crate::pss::Pss;
 use crate::result::{self, Report};
 use crate::site::Site;
 use crate::stats::{Rng, Sample, spread};
+use crate::tools::Tool;
 use crate::work::{DONE, MARK, RESULT};
 
 /// After so many faults in one kind of rounds a contender is left out of the rest of them; of all rounds, if nothing of it
 /// ever was well.
 const PATIENCE: usize = 2;
 
+/// The groups that need a network.
+const NETWORKED: [Group; 2] = [Group::Network, Group::Services];
 /// The part of a start by which its phases may miss it.
 const MOST_GAP: f64 = 0.02;
 
@@ -34,6 +39,9 @@ pub(crate) struct Run<'a> {
     pub(crate) millis: u64,
     pub(crate) rng: Rng,
     pub(crate) report: Report,
+    pub(crate) tools: Vec<Tool>,
+    /// Where contenders meet the server, while that is measured.
+    pub(crate) network: Option<Network>,
     starts: Vec<Phases>,
     noise: Vec<f64>,
     /// Which contenders have been seen to work. One that never has is not tried again and again.
@@ -43,20 +51,23 @@ pub(crate) struct Run<'a> {
 
 /// One kind of rounds.
 #[derive(Clone, Debug)]
-struct Kinds {
-    title: &'static str,
-    work: Work,
-    how: How,
+pub(crate) struct Kinds {
+    pub(crate) title: &'static str,
+    pub(crate) work: Work,
+    pub(crate) how: How,
 }
 
+/// What is done with an instance.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum How {
+pub(crate) enum How {
     /// From spawn to mark to end.
     Start,
     /// What an instance that idles has.
     Idle,
     /// What the workload says.
     Work,
+    /// What a web server in it can take.
+    Web,
 }
 
 impl<'a> Run<'a> {
@@ -71,20 +82,24 @@ impl<'a> Run<'a> {
         let rng = Rng::new(report.seed);
         let (works, gone) = (vec![false; contenders.len()], vec![false; contenders.len()]);
         let (starts, noise) = (Vec::new(), Vec::new());
-        Self { site, contenders, interrupt, common, millis, rng, report, starts, noise, works, gone }
+        let (tools, network) = (Vec::new(), None);
+        Self { site, contenders, interrupt, common, millis, rng, report, tools, network, starts, noise, works, gone }
     }
 
     /// Measures these groups. Returns what came of it, a part of it after an interrupt.
     pub(crate) fn measure(mut self, groups: &[Group]) -> Report {
         let kinds = self.kinds(groups);
-        let rounds = self.report.rounds;
-        let steps = (u64::from(rounds) + 1) * (self.contenders.len() * kinds.len()) as u64;
+        let with_network = groups.iter().filter(|group| NETWORKED.contains(group)).count();
+        let steps = (u64::from(self.report.rounds) + 1) * (self.contenders.len() * (kinds.len() + with_network)) as u64;
         let progress = ProgressBar::new(steps);
         let style = ProgressStyle::with_template("{msg:30} {wide_bar} {pos}/{len} {eta}");
         progress.set_style(style.expect("the template is well formed"));
         let mut result = Ok(());
         for kind in &kinds {
-            result = result.and_then(|()| self.rounds(kind, rounds, &progress));
+            result = result.and_then(|()| self.rounds(kind, &progress));
+        }
+        if result.is_ok() && with_network > 0 {
+            result = network::measure(&mut self, groups, &progress);
         }
         if result.is_ok() && groups.contains(&Group::Density) {
             progress.set_message("density");
@@ -108,8 +123,18 @@ impl<'a> Run<'a> {
         self.report
     }
 
+    /// Whether a contender has never worked.
+    pub(crate) fn is_gone(&self, at: usize) -> bool {
+        self.gone[at]
+    }
+
+    /// Whether a kept tool is here.
+    pub(crate) fn has_tool(&self, name: &str) -> bool {
+        self.tools.iter().any(|tool| tool.name == name)
+    }
+
     fn kinds(&self, groups: &[Group]) -> Vec<Kinds> {
-        let work = |groups: Vec<&'static str>, has_disk| Work { groups, millis: self.millis, has_disk };
+        let work = |groups, has_disk| Work { groups, millis: self.millis, has_disk, ..Work::default() };
         let mut kinds = Vec::new();
         if groups.contains(&Group::Start) {
             kinds.push(Kinds { title: "start", work: work(Vec::new(), false), how: How::Start });
@@ -118,21 +143,27 @@ impl<'a> Run<'a> {
             kinds.push(Kinds { title: "memory", work: work(vec!["idle"], false), how: How::Idle });
         }
         // What needs nothing but a processor and memory is measured in one instance: each would cost a start.
+        let has_fio = self.has_tool("fio");
         let light = [Group::Cpu, Group::Ram, Group::System, Group::Disk];
-        let names: Vec<&str> = light.iter().filter(|group| groups.contains(group)).map(|group| group.name()).collect();
+        let is_light = |group: &&Group| groups.contains(group) && !(has_fio && **group == Group::Disk);
+        let names: Vec<&str> = light.iter().filter(is_light).map(|group| group.name()).collect();
         if !names.is_empty() {
-            let has_disk = groups.contains(&Group::Disk);
+            let has_disk = names.contains(&Group::Disk.name());
             kinds.push(Kinds { title: "processor, memory, system, disk", work: work(names, has_disk), how: How::Work });
+        }
+        if has_fio && groups.contains(&Group::Disk) {
+            let work = Work { has_tools: true, ..work(vec![Group::Disk.name()], true) };
+            kinds.push(Kinds { title: "disk", work, how: How::Work });
         }
         kinds
     }
 
     /// A round that does not count, and those that do.
-    fn rounds(&mut self, kind: &Kinds, rounds: u32, progress: &ProgressBar) -> Result<(), Fault> {
+    pub(crate) fn rounds(&mut self, kind: &Kinds, progress: &ProgressBar) -> Result<(), Fault> {
         let mut faults = vec![0; self.contenders.len()];
         let mut order: Vec<usize> = (0..self.contenders.len()).collect();
         progress.set_message(kind.title);
-        for round in 0..=rounds {
+        for round in 0..=self.report.rounds {
             self.rng.shuffle(&mut order);
             self.noise()?;
             for at in order.iter().copied() {
@@ -165,15 +196,26 @@ impl<'a> Run<'a> {
 
     /// Starts an instance.
     pub(crate) fn start(&self, contender: &Contender, work: &Work) -> Result<Instance, Fault> {
-        let launch = launch(contender, self.site, work, self.common);
-        Instance::start(launch.map_err(|error| Fault::Other(format!("{error:#}")))?)
+        let other = |error: anyhow::Error| Fault::Other(format!("{error:#}"));
+        let launch = launch(contender, self.site, work, self.common).map_err(other)?;
+        let Some(network) = self.network.as_ref().filter(|_| work.network.is_some()) else {
+            return Instance::start(launch);
+        };
+        network.forget_neighbours().map_err(other)?;
+        if contender.kind != Kind::Process {
+            return Instance::start(launch);
+        }
+        network.enter_inside().map_err(other)?;
+        let started = Instance::start(launch);
+        network.leave_inside().map_err(other)?;
+        started
     }
 
     /// One instance. Without a round its figures do not count.
     fn one(&mut self, contender: &Contender, kind: &Kinds, round: Option<u32>) -> Result<(), Fault> {
         let mut instance = self.start(contender, &kind.work)?;
         let spawn_clock = phases::clock_at(instance.spawned);
-        let marked = instance.wait(Until::Byte(MARK), self.interrupt)?;
+        let marked = instance.wait(Until::Text(&[MARK]), self.interrupt)?;
         if kind.how == How::Idle {
             let ram = contender.kind.is_machine().then_some(self.common.memory << 20);
             let pss = Pss::settled(instance.id(), ram).map_err(|error| Fault::Other(format!("{error:#}")))?;
@@ -183,6 +225,10 @@ impl<'a> Run<'a> {
             }
             self.sample(contender, "memory-whole", round, (pss.outside + pss.guest) as f64);
             return Ok(());
+        }
+        if kind.how == How::Web {
+            instance.wait(Until::Text(network::LISTENING), self.interrupt)?;
+            return network::load(self, contender, round);
         }
         let exited = instance.wait(Until::Exit, self.interrupt)?;
         if !instance.status().is_some_and(|status| status.success()) {
@@ -216,7 +262,7 @@ impl<'a> Run<'a> {
                     self.sample(contender, name, round, *value);
                 }
             }
-            How::Idle => {}
+            How::Idle | How::Web => {}
         }
         Ok(())
     }
@@ -230,7 +276,7 @@ impl<'a> Run<'a> {
 
     /// The same work by the same program, always: what its time varies by is the machine's.
     fn noise(&mut self) -> Result<(), Fault> {
-        let work = Work { groups: vec!["noise"], millis: self.millis, has_disk: false };
+        let work = Work { groups: vec!["noise"], millis: self.millis, ..Work::default() };
         let own = self.contenders.iter().find(|contender| contender.kind == Kind::Process);
         let Some(own) = own else { return Ok(()) };
         let measured = self.start(own, &work).and_then(|mut instance| {

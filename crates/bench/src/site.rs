@@ -48,16 +48,11 @@ impl Site {
         }
         fs::copy(env::current_exe()?, root.join("init"))?;
         fs::set_permissions(root.join("init"), fs::Permissions::from_mode(0o755))?;
-        // The mount point of the disk in a container.
-        File::create(root.join("disk"))?;
-        for tool in tools {
-            tool.copy_into(&root)?;
+        self.write_initramfs(false)?;
+        if !tools.is_empty() {
+            tools.iter().try_for_each(|tool| tool.copy_into(&root))?;
+            self.write_initramfs(true)?;
         }
-        let mut archive = Archive::default();
-        archive.character_device("dev/console", 5, 1)?;
-        archive.character_device("dev/null", 1, 3)?;
-        pack(&root, &root, &mut archive)?;
-        fs::write(self.initramfs(), archive.finish()?)?;
         if needs_disk {
             // Content that no file system leaves out, and that is on the medium: what is read must come from there.
             let mut disk = File::create(self.disk())?;
@@ -70,19 +65,27 @@ impl Site {
         Ok(())
     }
 
+    fn write_initramfs(&self, with_tools: bool) -> anyhow::Result<()> {
+        let mut archive = Archive::default();
+        archive.character_device("dev/console", 5, 1)?;
+        archive.character_device("dev/null", 1, 3)?;
+        pack(&self.root(), &self.root(), &mut archive)?;
+        Ok(fs::write(self.initramfs(with_tools), archive.finish()?)?)
+    }
+
     /// The root folder.
     pub(crate) fn root(&self) -> PathBuf {
         self.folder.path().join("root")
     }
 
-    /// The same as an initramfs.
-    pub(crate) fn initramfs(&self) -> PathBuf {
-        self.folder.path().join("initramfs")
+    /// The same as an initramfs. Tools are many times larger than the workload, so what does without has one without.
+    pub(crate) fn initramfs(&self, with_tools: bool) -> PathBuf {
+        self.folder.path().join(if with_tools { "initramfs-tools" } else { "initramfs" })
     }
 
-    /// The file that is everybody's disk.
+    /// The file that is everybody's disk: in the root folder, but in no initramfs.
     pub(crate) fn disk(&self) -> PathBuf {
-        self.folder.path().join("disk")
+        self.root().join("disk")
     }
 
     /// A folder for a contender's own files.
@@ -156,7 +159,7 @@ mod tests {
     #[test]
     fn the_initramfs_holds_what_the_root_folder_holds() {
         let site = Site::make(Some(Path::new("/nowhere")), false, &[]).unwrap();
-        let archive = fs::read(site.initramfs()).unwrap();
+        let archive = fs::read(site.initramfs(false)).unwrap();
         let root = fs::read(site.root().join("init")).unwrap();
         assert!(archive.windows(4).any(|window| window == b"init"));
         assert!(archive.len() > root.len() && !site.disk().exists());

@@ -6,11 +6,40 @@ use std::process::Command;
 
 use anyhow::{Context as _, ensure};
 
+use crate::contender::in_path;
+use crate::measure::Group;
+use crate::result::Skipped;
+
 /// A tool that is installed here.
 #[derive(Clone, Debug)]
 pub(crate) struct Tool {
     pub(crate) name: &'static str,
     pub(crate) program: PathBuf,
+}
+
+/// A group of measures, the tool for it, its Debian package, and what is done without it.
+const KEPT: [(Group, &str, &str, &str); 4] = [
+    (Group::Disk, "fio", "fio", "the workload measures the disk"),
+    (Group::Network, "iperf3", "iperf3", "the workload measures the network"),
+    (Group::Services, "nginx", "nginx-light", "no web server is measured"),
+    (Group::Services, WRK, "wrk", "no web server is measured"),
+];
+/// What loads a web server: from the host's side only.
+pub(crate) const WRK: &str = "wrk";
+
+/// The kept tools for these groups that are installed here, and those that are not.
+pub(crate) fn find(groups: &[Group]) -> (Vec<Tool>, Vec<Skipped>) {
+    let (mut found, mut missing) = (Vec::new(), Vec::new());
+    for (_, name, package, without) in KEPT.into_iter().filter(|(group, ..)| groups.contains(group)) {
+        match in_path(name) {
+            Some(program) => found.push(Tool { name, program }),
+            None => missing.push(Skipped {
+                what: name.to_owned(),
+                why: format!("it is not installed (Debian 12: apt install {package}): {without}"),
+            }),
+        }
+    }
+    (found, missing)
 }
 
 impl Tool {

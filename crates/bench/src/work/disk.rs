@@ -12,7 +12,7 @@ use anyhow::{Context as _, ensure};
 use rustix::fs::OFlags;
 
 use super::pages::Pages;
-use super::{rate, say, skip};
+use super::{Settings, rate, say, skip, tools};
 
 const BLOCK: usize = 4096;
 /// One request of the sequential measures.
@@ -20,8 +20,11 @@ const LARGE: usize = 128 << 10;
 /// Of a larger disk no more is used.
 const MOST: u64 = 1 << 30;
 
-pub(super) fn all(path: Option<&Path>, time: Duration) -> anyhow::Result<()> {
-    let path = path.context("there is none")?;
+pub(super) fn all(settings: &Settings) -> anyhow::Result<()> {
+    let (path, time) = (settings.disk.as_deref().context("there is none")?, settings.time);
+    if settings.has_tools {
+        return tools::fio(path, time);
+    }
     let disk = Disk::open(path)?;
     say("disk-read", disk.random(1, false, time)?);
     say("disk-read-32", disk.random(32, false, time)?);

@@ -10,11 +10,15 @@
 
 mod cpu;
 mod disk;
+mod interface;
+mod network;
 mod pages;
 mod port;
 mod ram;
 mod system;
 mod tools;
+
+pub(crate) use tools::HTTP;
 
 use std::env;
 use std::fmt::Display;
@@ -51,8 +55,8 @@ struct Settings {
     time: Duration,
     /// The disk or the file that stands for it.
     disk: Option<PathBuf>,
-    /// Where the folder of all contenders is, for tools that live in it.
-    root: Option<PathBuf>,
+    /// Whether kept tools are here.
+    has_tools: bool,
     /// How a machine is ended: it powers off unless this says `reboot`.
     reboots: bool,
 }
@@ -65,7 +69,7 @@ impl Settings {
                 "groups" => settings.groups = value.split(',').map(str::to_owned).collect(),
                 "millis" => settings.time = Duration::from_millis(value.parse().unwrap_or(100)),
                 "disk" => settings.disk = Some(value.into()),
-                "root" => settings.root = Some(value.into()),
+                "tools" => settings.has_tools = true,
                 "end" => settings.reboots = value == "reboot",
                 _ => {}
             }
@@ -117,12 +121,10 @@ pub(crate) fn as_process() -> ExitCode {
     if settings.has("echo") {
         return system::echo();
     }
-    mark(begun, &settings);
-    if let Some(root) = &settings.root
-        && (rustix::process::chroot(root.as_path()).is_err() || env::set_current_dir("/").is_err())
-    {
-        skip("all", "no right to change the root folder");
+    if settings.has("serve") {
+        return network::serve().map_or(ExitCode::FAILURE, |()| ExitCode::SUCCESS);
     }
+    mark(begun, &settings);
     do_it(&settings);
     ExitCode::SUCCESS
 }
@@ -146,14 +148,16 @@ fn do_it(settings: &Settings) {
     if settings.has("idle") {
         return idle();
     }
-    let groups: [Group; 5] = [
+    let groups: [Group; 7] = [
         ("noise", |settings| cpu::noise(settings.time)),
         ("cpu", |settings| cpu::all(settings.time)),
         ("ram", |settings| ram::all(settings.time)),
         ("system", |settings| system::all(settings.time)),
-        ("disk", |settings| disk::all(settings.disk.as_deref(), settings.time)),
+        ("disk", disk::all),
+        ("network", network::all),
+        ("nginx", tools::nginx),
     ];
-    for (name, measure) in groups.into_iter().chain(tools::ALL) {
+    for (name, measure) in groups {
         if settings.has(name)
             && let Err(error) = measure(settings)
         {
