@@ -42,6 +42,9 @@ impl Site {
         for folder in ["dev", "proc", "sys", "tmp", "run", "etc"] {
             fs::create_dir_all(root.join(folder))?;
         }
+        // Servers look for the users that they could become.
+        fs::write(root.join("etc/passwd"), "root:x:0:0::/:/bin/false\nnobody:x:65534:65534::/:/bin/false\n")?;
+        fs::write(root.join("etc/group"), "root:x:0:\nnogroup:x:65534:\n")?;
         // A container that gives up its rights, as a database does, still enters.
         for folder in [self.folder.path(), root.as_path()] {
             fs::set_permissions(folder, fs::Permissions::from_mode(0o755))?;

@@ -62,8 +62,7 @@ pub(crate) fn whole(report: &Report) -> String {
     for fault in &report.faults {
         line(&format!("FAULT: {}, {}: {}", fault.contender, fault.when, fault.what));
     }
-    let before = report.skipped.iter().filter(|skipped| skipped.what.contains(" of "));
-    for skipped in before {
+    for skipped in &report.skipped {
         line(&format!("Skipped: {}: {}", skipped.what, skipped.why));
     }
     text

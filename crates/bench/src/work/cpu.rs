@@ -3,7 +3,7 @@
 
 use std::hint::black_box;
 use std::io::Write as _;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use flate2::Compression;
 use flate2::write::DeflateEncoder;
@@ -33,6 +33,20 @@ pub(super) fn all(time: Duration) -> anyhow::Result<()> {
     };
     say("cpu-compress", rate(time, megabytes, &mut compress));
     Ok(())
+}
+
+/// Waits until this processor does as much in one moment as in the next: what a start leaves to be done, such as the end
+/// of another container, is not to be taken for the price of a measure.
+pub(super) fn settle(time: Duration) {
+    const PATIENCE: Duration = Duration::from_secs(2);
+    let start = Instant::now();
+    let mut before = integer(time / 2);
+    let mut calm = 0;
+    while calm < 2 && start.elapsed() < PATIENCE {
+        let now = integer(time / 2);
+        calm = if (now - before).abs() <= before / 20.0 { calm + 1 } else { 0 };
+        before = now;
+    }
 }
 
 /// The measure by which the machine's noise is told: always the same work.

@@ -17,6 +17,8 @@ use super::{Settings, rate, say, skip, tools};
 const BLOCK: usize = 4096;
 /// One request of the sequential measures.
 const LARGE: usize = 128 << 10;
+/// Random requests of each thread at least, however slow the disk is.
+const LEAST: u32 = 4;
 /// Of a larger disk no more is used.
 const MOST: u64 = 1 << 30;
 
@@ -78,7 +80,9 @@ impl Disk {
         let one = |seed: u64| {
             let mut block = aligned(BLOCK)?;
             let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-            while start.elapsed() < time {
+            let mut own = 0;
+            while start.elapsed() < time || own < LEAST {
+                own += 1;
                 state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
                 let at = (state >> 33) % blocks * BLOCK as u64;
                 match write {

@@ -148,6 +148,7 @@ fn do_it(settings: &Settings) {
     if settings.has("idle") {
         return idle();
     }
+    cpu::settle(settings.time);
     let groups: [Group; 7] = [
         ("noise", |settings| cpu::noise(settings.time)),
         ("cpu", |settings| cpu::all(settings.time)),

@@ -72,7 +72,7 @@ pub(super) fn nginx(_settings: &Settings) -> anyhow::Result<()> {
     let folder = folder.display();
     fs::write(format!("{folder}/index.html"), [b'x'; 1024])?;
     let configuration = format!(
-        "daemon off; master_process off; worker_processes 1; error_log stderr crit; pid {folder}/pid;\n\
+        "user root; daemon off; master_process off; worker_processes 1; error_log stderr crit; pid {folder}/pid;\n\
          events {{ worker_connections 512; }}\n\
          http {{ access_log off; sendfile on; keepalive_requests 1000000;\n\
          client_body_temp_path {folder}; proxy_temp_path {folder}; fastcgi_temp_path {folder};\n\
