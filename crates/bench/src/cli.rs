@@ -31,7 +31,13 @@ const INTERRUPTED: u8 = 130;
 /// The exit code is 0 where it was measured, 1 where that failed, 2 for wrong usage, 3 where a condition of --fail-if
 /// holds, 130 after an interrupt (what was measured is written and marked as a part).
 #[derive(Debug, Parser)]
-#[command(name = "vmm bench", version, args_conflicts_with_subcommands = true, disable_help_subcommand = true)]
+#[command(
+    name = "vmm bench",
+    bin_name = "vmm bench",
+    version,
+    args_conflicts_with_subcommands = true,
+    disable_help_subcommand = true
+)]
 struct Cli {
     #[command(subcommand)]
     command: Option<Command>,
@@ -163,6 +169,11 @@ fn bench(args: &BenchArgs) -> anyhow::Result<ExitCode> {
     let site = Site::make(args.kernel.as_deref(), groups.contains(&Group::Disk), &tools)?;
     let (contenders, unable) = able(contenders, &site);
     skipped.extend(unable);
+    if let Some(fault) = args.fail_if.iter().find_map(|condition| condition.check(&contenders, &groups).err()) {
+        skipped.iter().for_each(|skipped| eprintln!("skipped: {}: {}", skipped.what, skipped.why));
+        eprintln!("vmm bench: {fault}");
+        return Ok(ExitCode::from(2));
+    }
     let report = Report {
         version: VERSION,
         program: format!("vmm-bench {}", env!("CARGO_PKG_VERSION")),

@@ -7,7 +7,8 @@ use std::str::FromStr;
 
 use anyhow::Context as _;
 
-use crate::measure;
+use crate::contender::Contender;
+use crate::measure::{self, Group};
 use crate::result::Report;
 use crate::stats::Estimate;
 
@@ -70,6 +71,20 @@ impl FromStr for Condition {
 }
 
 impl Condition {
+    /// Why a run of these will not tell: better said before an hour of measuring than behind it.
+    pub(crate) fn check(&self, contenders: &[Contender], groups: &[Group]) -> Result<(), String> {
+        let Self { text, contender, measure, .. } = self;
+        let is_there = contenders.iter().any(|other| other.name == *contender);
+        let is_asked = measure::named(measure).is_some_and(|measure| groups.contains(&measure.group));
+        match (is_there, is_asked) {
+            (true, true) => Ok(()),
+            (false, _) => {
+                Err(format!("--fail-if {text}: {contender} is not measured here: see what is skipped, and --with"))
+            }
+            (true, false) => Err(format!("--fail-if {text}: {measure} is not measured: see --only and --suite")),
+        }
+    }
+
     /// Whether it holds, and the words for that. A condition on what was not measured is a failure, and no pass.
     pub(crate) fn judge(&self, report: &Report) -> anyhow::Result<(bool, String)> {
         let figure = report.figure(&self.contender, &self.measure);

@@ -214,10 +214,15 @@ fn a_condition_that_holds_has_an_exit_code_of_its_own() {
     assert_code(&output, 3);
     assert!(text(&output).contains("fail-if crun.cpu-float.ratio>1.1: holds"), "{}", text(&output));
     assert_code(&with("crun.cpu-float.ratio<1.1"), 0);
-    // What was not measured does not pass.
+    // What is not measured does not pass.
     let output = with("vmm.cpu-float.ratio>1.1");
+    assert_code(&output, 2);
+    assert!(text(&output).contains("vmm is not measured here"), "{}", text(&output));
+    assert_code(&with("crun.start.ratio>1.1"), 2);
+    // The script says nothing of this.
+    let output = with("crun.cpu-integer.ratio>1.1");
     assert_code(&output, 1);
-    assert!(text(&output).contains("cpu-float of vmm was not measured"), "{}", text(&output));
+    assert!(text(&output).contains("cpu-integer of crun was not measured"), "{}", text(&output));
     assert_code(&with("cpu-float"), 2);
 }
 
