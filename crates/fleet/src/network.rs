@@ -1,24 +1,30 @@
 //! The fleet's network, in its own namespace: a bridge, a tap for each machine, rules and names. Programs that are kept
 //! by others do all of it: `ip`, `nft`, `dnsmasq`.
 
+use std::ffi::OsString;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use anyhow::Context as _;
 use fleet::plan::{DNS, GATEWAY, Machine};
-use fleet::rules::{BRIDGE, View};
+use fleet::rules::{BRIDGE, OUTSIDE_NAMES, View};
 use fleet::spec::Subnet;
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::process::run;
 use crate::publish::Published;
+use crate::up::ROUTER;
 
 /// The network as it is.
 pub(crate) struct Network {
-    subnet: Subnet,
+    /// What dnsmasq reads.
     hosts: PathBuf,
-    dnsmasq: Child,
+    /// The names of the fleet.
+    inside: NameServer,
+    /// And those of outside, once somebody may get there.
+    outside: Option<NameServer>,
+    subnet: Subnet,
     /// What was loaded last.
     rules: String,
     names: String,
@@ -49,8 +55,16 @@ impl Network {
         fs::write(&hosts, "").with_context(|| format!("cannot write {}", hosts.display()))?;
         let view = View { subnet, services: &std::collections::BTreeMap::new(), machines: Vec::new() };
         load(&view.nft())?;
-        let dnsmasq = start_dnsmasq(subnet, &hosts)?;
-        Ok(Self { subnet, hosts, dnsmasq, rules: String::new(), names: String::new(), published: Published::default() })
+        let inside = NameServer::start(subnet, &hosts, false)?;
+        Ok(Self {
+            hosts,
+            inside,
+            outside: None,
+            subnet,
+            rules: String::new(),
+            names: String::new(),
+            published: Published::default(),
+        })
     }
 
     /// Makes the machine's tap, which a process without rights may open.
@@ -68,8 +82,8 @@ impl Network {
 
     /// Makes rules and names those of the view, if they are others.
     pub(crate) fn update(&mut self, view: &View<'_>) -> anyhow::Result<()> {
-        if let Ok(Some(_)) = self.dnsmasq.try_wait() {
-            self.dnsmasq = start_dnsmasq(self.subnet, &self.hosts)?;
+        if self.inside.has_ended() {
+            self.inside = NameServer::start(self.subnet, &self.hosts, false)?;
         }
         let (rules, names) = (view.nft(), view.hosts());
         if rules != self.rules {
@@ -77,10 +91,15 @@ impl Network {
             self.rules = rules;
         }
         if names != self.names {
-            // dnsmasq reads it when it is told to, and not before.
             fs::write(&self.hosts, &names).with_context(|| format!("cannot write {}", self.hosts.display()))?;
-            kill_process(Pid::from_child(&self.dnsmasq), Signal::HUP).context("cannot tell dnsmasq of new names")?;
+            for server in [Some(&self.inside), self.outside.as_ref()].into_iter().flatten() {
+                server.read_again()?;
+            }
             self.names = names;
+        }
+        // After the names: one that is just starting would end at being told of them.
+        if view.has_internet() && self.outside.as_mut().is_none_or(NameServer::has_ended) {
+            self.outside = Some(NameServer::start(self.subnet, &self.hosts, true)?);
         }
         self.published.update(view)
     }
@@ -96,14 +115,36 @@ fn load(rules: &str) -> anyhow::Result<()> {
     )
 }
 
-fn start_dnsmasq(subnet: Subnet, hosts: &std::path::Path) -> anyhow::Result<Child> {
-    let mut file = std::ffi::OsString::from("--addn-hosts=");
-    file.push(hosts);
-    let mut command = Command::new("dnsmasq");
-    command.args(["--keep-in-foreground", "--conf-file=/dev/null", "--no-resolv", "--no-hosts", "--no-poll"]);
-    command.args(["--local=/#/", "--bind-interfaces", "--except-interface=lo", "--local-ttl=0", "--pid-file="]);
-    // There is nobody else here, and nothing that one could do to another.
-    command.args(["--user=root", "--group=", "--log-facility=-"]);
-    command.arg(format!("--listen-address={}", subnet.address(DNS))).arg(file);
-    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().context("cannot start dnsmasq")
+/// A dnsmasq.
+struct NameServer(Child);
+
+impl NameServer {
+    /// One that knows the names of the fleet. Of names with a dot it asks pasta, if `outside`, who asks the host's server.
+    fn start(subnet: Subnet, hosts: &Path, outside: bool) -> anyhow::Result<Self> {
+        let mut command = Command::new("dnsmasq");
+        command.args(["--keep-in-foreground", "--conf-file=/dev/null", "--no-resolv", "--no-hosts", "--no-poll"]);
+        command.args(["--bind-interfaces", "--except-interface=lo", "--local-ttl=0", "--pid-file="]);
+        // There is nobody else here, and nothing that one could do to another.
+        command.args(["--user=root", "--group=", "--log-facility=-"]);
+        match outside {
+            true => command
+                .args([format!("--port={OUTSIDE_NAMES}"), format!("--server={ROUTER}")])
+                .args(["--domain-needed", "--bogus-priv"]),
+            false => command.arg("--local=/#/"),
+        };
+        let mut file = OsString::from("--addn-hosts=");
+        file.push(hosts);
+        command.arg(format!("--listen-address={}", subnet.address(DNS))).arg(file);
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        command.spawn().map(Self).context("cannot start dnsmasq")
+    }
+
+    fn has_ended(&mut self) -> bool {
+        !matches!(self.0.try_wait(), Ok(None))
+    }
+
+    /// It reads its hosts when it is told to, and not before.
+    fn read_again(&self) -> anyhow::Result<()> {
+        kill_process(Pid::from_child(&self.0), Signal::HUP).context("cannot tell dnsmasq of new names")
+    }
 }

@@ -2,7 +2,8 @@
 //!
 //! Between taps a frame passes only with its sender's own addresses, as ARP between two that may talk to each other, and
 //! as IPv4 from one to another that it was allowed; the answers pass by connection tracking. A machine reaches of the
-//! host's side the name server alone, and what is behind it only where it was said. There is no IPv6.
+//! host's side the name server alone, and what is behind it only where it was said: then names of outside are answered,
+//! too, which for the others would be a way out. There is no IPv6.
 //!
 //! The rules are loaded as a whole, at once, whenever something changes: connections outlive that.
 
@@ -17,6 +18,8 @@ use crate::spec::{Service, Subnet};
 pub const BRIDGE: &str = "fleet0";
 /// The way out, which pasta makes.
 pub const UPLINK: &str = "uplink0";
+/// The port at which names of outside are served, too, for those who may get there.
+pub const OUTSIDE_NAMES: u16 = 5353;
 
 /// What the rules are made from.
 pub struct View<'a> {
@@ -49,6 +52,11 @@ impl View<'_> {
             let _ = writeln!(text, "{address} {service} {service}-{index}");
         }
         text
+    }
+
+    /// Whether any machine reaches what the host reaches.
+    pub fn has_internet(&self) -> bool {
+        self.services.values().any(|service| service.internet)
     }
 
     /// The taps: each has its addresses, and nothing passes that is not allowed.
@@ -120,6 +128,8 @@ impl View<'_> {
     iifname \"lo\" accept
     iifname \"{BRIDGE}\" ip daddr {dns} udp dport 53 accept
     iifname \"{BRIDGE}\" ip daddr {dns} tcp dport 53 accept
+    iifname \"{BRIDGE}\" ip daddr {dns} ip saddr @internet udp dport {OUTSIDE_NAMES} accept
+    iifname \"{BRIDGE}\" ip daddr {dns} ip saddr @internet tcp dport {OUTSIDE_NAMES} accept
     iifname \"{UPLINK}\" tcp dport @published accept
   }}
   chain forward {{
@@ -127,6 +137,11 @@ impl View<'_> {
     ct state established,related accept
     iifname \"{BRIDGE}\" oifname \"{UPLINK}\" ip saddr @internet accept
     iifname \"{UPLINK}\" oifname \"{BRIDGE}\" ct status dnat accept
+  }}
+  chain names {{
+    type nat hook prerouting priority -100; policy accept;
+    iifname \"{BRIDGE}\" ip daddr {dns} ip saddr @internet udp dport 53 dnat to {dns}:{OUTSIDE_NAMES}
+    iifname \"{BRIDGE}\" ip daddr {dns} ip saddr @internet tcp dport 53 dnat to {dns}:{OUTSIDE_NAMES}
   }}
   chain postrouting {{
     type nat hook postrouting priority 100; policy accept;
@@ -232,16 +247,19 @@ mod tests {
             assert!(view.nft().contains("set published { type inet_service; elements = { 81 }; }"));
         });
         view(TEXT, false, |view, _| {
-            assert_eq!((view.hosts().as_str(), view.nft().contains("dnat to")), ("", false));
+            assert_eq!((view.hosts().as_str(), view.nft().contains("dnat to numgen")), ("", false));
         });
     }
 
     #[test]
     fn nobody_gets_out_who_was_not_let() {
-        view(TEXT, true, |view, _| assert!(view.nft().contains("set internet { type ipv4_addr; }")));
+        view(TEXT, true, |view, _| {
+            assert!(view.nft().contains("set internet { type ipv4_addr; }") && !view.has_internet());
+        });
         view("[services.a]\ncommand = ['true']\ninternet = true\n", true, |view, machines| {
             let address = machines[0].address(view.subnet);
             assert!(view.nft().contains(&format!("set internet {{ type ipv4_addr; elements = {{ {address} }}; }}")));
+            assert!(view.has_internet());
         });
     }
 }

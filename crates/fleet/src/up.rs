@@ -33,7 +33,7 @@ use crate::{host, namespaces};
 
 /// The network between the fleet's and pasta (RFC 3927), which nobody sees.
 const ADDRESS: &str = "169.254.89.2";
-const ROUTER: &str = "169.254.89.1";
+pub(crate) const ROUTER: &str = "169.254.89.1";
 const MASK: &str = "255.255.255.252";
 
 /// pasta is there in some milliseconds, or says why not.
@@ -212,6 +212,8 @@ impl Outer<'_> {
         command.args(["--foreground", "--quiet", "--stderr", "--runas", "0", "--config-net", "--netns-only"]);
         command.args(["--ns-ifname", UPLINK, "--ipv4-only", "--no-map-gw", "-T", "none", "-U", "none"]);
         command.args(["--address", ADDRESS, "--netmask", MASK, "--gateway", ROUTER]);
+        // What is asked of it by UDP goes to the host's name server, one at 127.0.0.1 too.
+        command.args(["--dns-forward", ROUTER]);
         for (flag, ports) in [("-t", &self.uplink.tcp), ("-u", &self.uplink.udp)] {
             if ports.is_empty() {
                 command.args([flag, "none"]);
