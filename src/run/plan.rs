@@ -55,6 +55,9 @@ pub(crate) struct RunSpec {
     /// A disk whose file system is the guest's root (ext4 if it is qcow2); with readonly, what is written is thrown away
     #[arg(long, value_name = "PATH[,…]", value_parser = kv::from_str::<BlockSpec>, group = "root")]
     disk: Option<BlockSpec>,
+    /// A further disk, which the guest has after that of its root (can be said again for another)
+    #[arg(long = "extra-disk", value_name = "PATH[,…]", value_parser = kv::from_str::<BlockSpec>)]
+    extra_disks: Vec<BlockSpec>,
     /// A program in place of the image's entry point
     #[arg(long, value_name = "PROGRAM", requires = "image")]
     entrypoint: Option<String>,
@@ -168,8 +171,8 @@ impl Plan {
         let net = network(spec)?;
         let kernel = spec.kernel.clone().map_or_else(kernel::unless_said, Ok)?;
         let card = net.is_some().then_some("virtio_net");
-        let disk = root.file_system.map(|name| ["virtio_blk", name]);
-        modules::add(&mut root.archive, &kernel, card.into_iter().chain(disk.into_iter().flatten()))?;
+        let disk = (root.disk.is_some() || !spec.extra_disks.is_empty()).then_some("virtio_blk");
+        modules::add(&mut root.archive, &kernel, card.into_iter().chain(disk).chain(root.file_system))?;
         let initramfs = File::from(memfd_create("initramfs", MemfdFlags::CLOEXEC).context("cannot make a memfd")?);
         (&initramfs).write_all(&root.archive.finish()?).context("cannot write the initramfs")?;
 
@@ -185,7 +188,7 @@ impl Plan {
             cmdline: Some("quiet".to_owned().into()),
             serial: Some(kv::from_str::<SerialSpec>(&format!("file,path={}", folder.files().console().display()))?),
             devices: Devices {
-                disk: root.disk.into_iter().collect(),
+                disk: root.disk.into_iter().chain(spec.extra_disks.iter().cloned()).collect(),
                 share: root.shares,
                 vsock: vec![vsock],
                 net: net.clone().into_iter().collect(),
@@ -348,6 +351,7 @@ impl Root {
         for name in ["home", "mnt", "root", "srv", "var/lib", "var/log"] {
             self.archive.directory(name)?;
         }
+        self.archive.symlink("var/run", "/run")?;
         self.archive.symlink("var/tmp", "/tmp")?;
         userland::etc(&mut self.archive)?;
         self.mount("upper", "/upper", "tmpfs", "mode=755");

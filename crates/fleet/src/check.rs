@@ -13,7 +13,7 @@ use devices::net::Publish;
 use serde::Deserialize as _;
 use toml::{Table, Value};
 
-use crate::spec::{Condition, Fleet, Restart, Service, Source, Subnet, name};
+use crate::spec::{Condition, Disk, Fleet, Restart, Service, Source, Subnet, name};
 
 /// A file larger than that is a mistake.
 const LARGEST: u64 = 1 << 20;
@@ -167,6 +167,11 @@ impl Checker<'_> {
                 *path = self.folder.join(&*path);
             }
         }
+        for disk in &mut service.disks {
+            if let Disk::Host { path, .. } = disk {
+                *path = self.folder.join(&*path);
+            }
+        }
     }
 
     /// What can be judged of a service without the others.
@@ -192,8 +197,9 @@ impl Checker<'_> {
         if service.image.as_ref().is_some_and(String::is_empty) {
             self.of_service(name, "image", "an image has a name: say a reference, a folder or an archive");
         }
-        if service.disk.is_some() && service.replicas > 1 {
-            self.of_service(name, "replicas", "several machines cannot share one disk: say rootfs or image, or 1");
+        if service.has_disk() && service.replicas > 1 {
+            let text = "several machines cannot share one disk: say rootfs or image, and volumes, or 1";
+            self.of_service(name, "replicas", text);
         }
         if service.replicas > MOST_REPLICAS {
             self.of_service(name, "replicas", format!("{} are too many: {MOST_REPLICAS} at most", service.replicas));
@@ -203,6 +209,13 @@ impl Checker<'_> {
                 && !path.is_dir()
             {
                 self.of_service(name, "volumes", format!("there is no folder {}", path.display()));
+            }
+        }
+        for disk in &service.disks {
+            if let Disk::Host { path, .. } = disk
+                && (!path.exists() || path.is_dir())
+            {
+                self.of_service(name, "disks", format!("there is no disk at {}", path.display()));
             }
         }
         for variable in service.env.keys().filter(|name| name.is_empty() || name.contains(['=', '\0'])) {
@@ -237,6 +250,16 @@ impl Checker<'_> {
             let first = cycle.first().cloned().unwrap_or_default();
             let way = cycle.join(" → ");
             self.of_service(&first, "depends_on", format!("it waits for itself: {way} → {first}"));
+        }
+        let mut disks: BTreeMap<&str, &str> = BTreeMap::new();
+        for (name, service) in services {
+            for disk in &service.disks {
+                if let Disk::Named { name: own, .. } = disk
+                    && let Some(first) = disks.insert(own, name)
+                {
+                    self.of_service(name, "disks", format!("the disk `{own}` is named twice: {first} has it, too"));
+                }
+            }
         }
         let mut taken: Vec<(&str, &Publish)> = Vec::new();
         for (name, service) in services {

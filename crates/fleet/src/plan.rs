@@ -7,7 +7,7 @@ use std::ffi::OsString;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 
-use crate::spec::{Fleet, Service, Source, Subnet};
+use crate::spec::{Disk, Fleet, Service, Source, Subnet};
 
 /// The number of the bridge's address, which machines know as their gateway (`Ipv4Net::gateway`).
 pub const GATEWAY: u16 = 2;
@@ -126,6 +126,11 @@ impl Places {
         self.runtime.join("secrets").join(service)
     }
 
+    /// The named disk: no named volume has a dot in its name.
+    pub fn disk(&self, name: &str) -> PathBuf {
+        self.volumes.join(format!("{name}.img"))
+    }
+
     /// What the machine has written.
     pub fn log(&self, machine: &Machine) -> PathBuf {
         self.runtime.join("logs").join(format!("{}-{}", machine.service, machine.index))
@@ -166,6 +171,15 @@ pub fn arguments(fleet: &Fleet, service: &Service, machine: &Machine, places: &P
             Source::Named(name) => places.volumes.join(name),
         };
         flag("--volume", share(&path, &volume.guest, volume.readonly));
+    }
+    for disk in &service.disks {
+        let (path, readonly) = match disk {
+            Disk::Host { path, readonly } => (path.clone(), *readonly),
+            Disk::Named { name, .. } => (places.disk(name), false),
+        };
+        let mut text = path.into_os_string();
+        text.push(if readonly { ",readonly" } else { "" });
+        flag("--extra-disk", text);
     }
     if !service.secrets.is_empty() {
         flag("--volume", share(&places.secrets(&machine.service), "/run/secrets", true));
@@ -233,7 +247,8 @@ mod tests {
     fn a_machine_is_one_command_and_no_secret_is_in_it() {
         let fleet = fleet(
             "[services.web]\ncommand = ['sh', '-c', 'true']\nmem = '64M'\nuser = 'nobody'\nenv = { A = 'b' }\n\
-             volumes = ['/usr:/data:ro', 'data:/srv']\nsecrets = { key = '/proc/version' }\n",
+             volumes = ['/usr:/data:ro', 'data:/srv']\ndisks = ['data:1G', '/proc/version:ro']\n\
+             secrets = { key = '/proc/version' }\n",
         );
         let machine = Addresses::default().machine("web", 2);
         let places = Places { runtime: "/run/shop".into(), volumes: "/var/shop".into() };
@@ -245,6 +260,7 @@ mod tests {
             format!(
                 "run --name shop-web-2 --output-at /run/shop/logs/web-2 \
                  --net tap={tap},address={address}/16,mac={mac},antispoof,guest-ip={address} --mem 64M --user nobody --workdir / --volume /usr:/data:ro --volume /var/shop/data:/srv \
+                 --extra-disk /var/shop/data.img --extra-disk /proc/version,readonly \
                  --volume /run/shop/secrets/web:/run/secrets:ro --env A=b -- sh -c true"
             )
         );

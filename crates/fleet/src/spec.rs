@@ -55,6 +55,9 @@ pub struct Service {
     /// Folders of the host's and named ones.
     #[serde(default)]
     pub volumes: Vec<Volume>,
+    /// Disks of its own, after that of its root.
+    #[serde(default)]
+    pub disks: Vec<Disk>,
     /// Variables of the command's environment.
     #[serde(default)]
     pub env: BTreeMap<String, String>,
@@ -95,6 +98,11 @@ fn one() -> u32 {
 }
 
 impl Service {
+    /// Whether it has a disk, which two machines cannot share.
+    pub fn has_disk(&self) -> bool {
+        self.disk.is_some() || !self.disks.is_empty()
+    }
+
     /// Whether a machine of `other` is one of this, so that nothing need be started anew.
     pub fn same_machine(&self, other: &Self) -> bool {
         let network_apart = |service: &Self| Self {
@@ -218,6 +226,49 @@ impl TryFrom<String> for Volume {
 
     fn try_from(text: String) -> Result<Self, String> {
         text.parse().map_err(|error| format!("{error:#}"))
+    }
+}
+
+/// A disk that a machine has, beside that of its root.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub enum Disk {
+    /// A raw image of the host's.
+    Host {
+        /// Where it is.
+        path: PathBuf,
+        /// Whether it cannot be written.
+        readonly: bool,
+    },
+    /// One that the fleet keeps under this name. It is blank at first.
+    Named {
+        /// Its name.
+        name: String,
+        /// Its size in bytes.
+        size: u64,
+    },
+}
+
+/// A disk's smallest unit (VIRTIO 1.2, 5.2).
+const SECTOR: u64 = 512;
+
+impl TryFrom<String> for Disk {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        if text.starts_with(['/', '.']) {
+            let path = text.strip_suffix(":ro");
+            return Ok(Self::Host { path: path.unwrap_or(&text).into(), readonly: path.is_some() });
+        }
+        let wrong =
+            |why: String| format!("the disk `{text}` is not understood ({why}): say NAME:SIZE, ./PATH or ./PATH:ro");
+        let (own, size) = text.split_once(':').ok_or_else(|| wrong("it has no size".into()))?;
+        name(own).map_err(|error| wrong(error.to_string()))?;
+        let kv::Size(size) = size.parse().map_err(|error: kv::Error| wrong(error.to_string()))?;
+        match size > 0 && size % SECTOR == 0 && i64::try_from(size).is_ok() {
+            true => Ok(Self::Named { name: own.to_owned(), size }),
+            false => Err(wrong(format!("its size is no multiple of {SECTOR} bytes"))),
+        }
     }
 }
 
@@ -427,6 +478,19 @@ mod tests {
         assert_eq!(volume("data:/data").source, Source::Named("data".into()));
         for wrong in ["", "data", "data:x", "da_ta:/x", ":/x", "data:/x:no", "../:/x:ro:y"] {
             assert!(wrong.parse::<Volume>().is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_disk_is_an_image_of_the_hosts_or_a_named_one_with_its_size() {
+        let disk = |text: &str| Disk::try_from(text.to_owned());
+        assert_eq!(disk("./a.img:ro"), Ok(Disk::Host { path: "./a.img".into(), readonly: true }));
+        assert_eq!(disk("/dev/sdz"), Ok(Disk::Host { path: "/dev/sdz".into(), readonly: false }));
+        assert_eq!(disk("data:1G"), Ok(Disk::Named { name: "data".into(), size: 1 << 30 }));
+        for wrong in
+            ["", "data", "data:", "data:0", "data:100", "data:99999999999G", "data:-1G", "../data:1G:x", "a/b:1G"]
+        {
+            assert!(wrong.starts_with('.') || disk(wrong).is_err(), "{wrong}");
         }
     }
 

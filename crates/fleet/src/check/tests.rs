@@ -110,4 +110,9 @@ fn a_fleet_has_services_and_numbers_of_machines_that_can_be() {
     assert_fault("[services.a]\ncommand = ['true']\nreplicas = 1000\n", 3, &["1000"]);
     assert_fault("[services.a]\ncommand = ['true']\nreplicas = -1\n", 3, &["replicas"]);
     assert_fault("[services.a]\ncommand = ['true']\ndisk = '/proc/version'\nreplicas = 2\n", 4, &["share"]);
+    assert_fault("[services.a]\ncommand = ['true']\ndisks = ['data:1G']\nreplicas = 2\n", 4, &["share"]);
+    let text = "[services.a]\ncommand = ['true']\ndisks = ['data:1G']\n";
+    assert_fault(&format!("{text}{}", text.replace(".a", ".b")), 6, &["`data`", "a has it, too"]);
+    assert_fault("[services.a]\ncommand = ['true']\ndisks = ['data']\n", 3, &["disks", "`data`", "no size"]);
+    assert_fault("[services.a]\ncommand = ['true']\ndisks = ['./no.img']\n", 3, &["/srv/shop/./no.img"]);
 }

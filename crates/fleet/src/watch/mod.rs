@@ -8,10 +8,10 @@ mod replica;
 mod steps;
 
 use std::collections::BTreeMap;
-use std::fs;
+use std::fs::{self, File};
 use std::io::{self, BufRead as _, BufReader, Write as _};
 use std::os::fd::AsFd as _;
-use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -22,7 +22,7 @@ use std::time::Duration;
 use anyhow::{Context as _, bail};
 use fleet::check::{check, read};
 use fleet::plan::{Addresses, Places};
-use fleet::spec::{Fleet, Source};
+use fleet::spec::{Disk, Fleet, Source};
 
 use crate::control::{self, Answer, Request, Status};
 use crate::host;
@@ -229,7 +229,7 @@ impl Watcher {
                 for (name, number) in &numbers {
                     let service = self.fleet.services.get(name);
                     let service = service.with_context(|| format!("there is no service `{name}`"))?;
-                    if service.disk.is_some() && *number > 1 {
+                    if service.has_disk() && *number > 1 {
                         bail!("service {name}: several machines cannot share one disk");
                     }
                     if *number > fleet::check::MOST_REPLICAS {
@@ -311,6 +311,12 @@ impl Watcher {
                     make(&self.places.volumes.join(volume))?;
                 }
             }
+            for disk in &service.disks {
+                if let Disk::Named { name, size } = disk {
+                    make(&self.places.volumes)?;
+                    make_disk(&self.places.disk(name), *size)?;
+                }
+            }
             let folder = self.places.secrets(name);
             for (secret, path) in &service.secrets {
                 make(&folder)?;
@@ -323,6 +329,17 @@ impl Watcher {
             }
         }
         Ok(())
+    }
+}
+
+/// Makes a blank disk, if there is none. One that is there keeps its size and what is on it.
+fn make_disk(path: &Path, size: u64) -> anyhow::Result<()> {
+    let made = File::options().write(true).create_new(true).mode(0o600).open(path).and_then(|file| file.set_len(size));
+    match made {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+            Err(error).with_context(|| format!("cannot make the disk {}", path.display()))
+        }
+        _ => Ok(()),
     }
 }
 
