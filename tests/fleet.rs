@@ -2,125 +2,16 @@
 
 mod support;
 
+use std::collections::BTreeSet;
 use std::fs;
-use std::io::{Read as _, Write as _};
-use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, TcpListener, UdpSocket};
 use std::path::Path;
-use std::rc::Rc;
 use std::time::Duration;
 
 use rustix::process::Signal;
-use support::process::{Ended, Running, Vmm};
-use support::{asset, until};
-use tempfile::TempDir;
-
-/// A fleet's file in a folder of its own, and the folders that it makes files in.
-struct Fleet {
-    folder: Rc<TempDir>,
-}
-
-/// How often it is asked what only an answer tells.
-const PACE: Duration = Duration::from_millis(300);
-
-/// A web server that says who it is, at port 80.
-const WEB: &str = "mkdir -p /tmp/w; echo $(hostname) $SAYS > /tmp/w/index.html; exec busybox httpd -f -p 80 -h /tmp/w";
-
-impl Fleet {
-    fn new(services: &str) -> Self {
-        let fleet = Self { folder: Rc::new(tempfile::tempdir().expect("there is room for files")) };
-        for name in ["shop", "runtime"] {
-            fs::create_dir(fleet.path(name)).expect("there is room for files");
-        }
-        fleet.write(services);
-        fleet
-    }
-
-    /// Makes the file another one.
-    fn write(&self, services: &str) {
-        let text = format!("kernel = '{}'\n{services}", asset("small-vmlinux").display());
-        fs::write(self.path("shop/fleet.toml"), text).expect("there is room for files");
-    }
-
-    fn path(&self, name: &str) -> String {
-        self.folder.path().join(name).into_os_string().into_string().expect("a path of text")
-    }
-
-    fn vmm(&self, words: &[&str]) -> Vmm {
-        let (runtime, data) =
-            (format!("XDG_RUNTIME_DIR={}", self.path("runtime")), format!("XDG_DATA_HOME={}", self.path("data")));
-        let folder = self.path("shop");
-        Vmm::new(words).with(&self.folder).by(&["env", "--chdir", &folder, &runtime, &data])
-    }
-
-    fn up(&self) -> Running {
-        self.vmm(&["up"]).spawn()
-    }
-
-    /// Runs a verb that must succeed.
-    #[track_caller]
-    fn done(&self, words: &[&str]) -> Ended {
-        let ended = self.vmm(words).run();
-        assert_eq!(ended.code, Some(0), "{words:?}: {ended:?}");
-        ended
-    }
-
-    /// The machines of a service that are in this state.
-    fn count(&self, service: &str, state: &str) -> usize {
-        let ended = self.vmm(&["services"]).run();
-        let of = |line: &&str| line.starts_with(&format!("shop-{service}-")) && line.ends_with(&format!("  {state}"));
-        ended.stdout.lines().filter(of).count()
-    }
-
-    fn wait_for(&self, service: &str, count: usize, state: &str) {
-        until(&format!("{service} {state}: {count}"), || {
-            let is = self.count(service, state) == count;
-            std::thread::sleep(if is { Duration::ZERO } else { PACE });
-            is
-        });
-    }
-}
-
-/// What is answered at a port of this host.
-fn get(port: u16) -> String {
-    let mut answer = String::new();
-    if let Ok(mut stream) = TcpStream::connect((Ipv4Addr::LOCALHOST, port)) {
-        let _ = stream.write_all(b"GET / HTTP/1.0\r\n\r\n").and_then(|()| stream.read_to_string(&mut answer));
-    }
-    answer.lines().last().unwrap_or_default().to_owned()
-}
-
-/// Waits for an answer that begins with `words`, at the pace of somebody who waits: the guests need the processor more.
-fn until_answered(port: u16, words: &str) {
-    until(&format!("the answer {words:?}"), || {
-        let answered = get(port).starts_with(words);
-        std::thread::sleep(if answered { Duration::ZERO } else { PACE });
-        answered
-    });
-}
-
-/// A port that nobody has.
-fn free_port() -> u16 {
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port is free");
-    listener.local_addr().expect("it has a port").port()
-}
-
-/// The processes whose command line contains `words`.
-fn processes(words: &str) -> Vec<String> {
-    let entries = fs::read_dir("/proc").expect("it is mounted").filter_map(Result::ok);
-    let lines = entries.filter_map(|entry| fs::read_to_string(entry.path().join("cmdline")).ok());
-    lines.filter(|line| line.replace('\0', " ").contains(words)).collect()
-}
-
-/// Nothing of a fleet is left that runs.
-fn assert_nothing_runs() {
-    for words in ["shop-", "exe init", "exe watch", "pasta", "dnsmasq", "virtiofsd"] {
-        until(&format!("no process with {words:?}"), || processes(words).is_empty());
-    }
-    let taps = fs::read_dir("/sys/class/net").expect("it is mounted").filter_map(Result::ok);
-    let left: Vec<_> =
-        taps.map(|tap| tap.file_name()).filter(|name| name.to_string_lossy().starts_with("tap")).collect();
-    assert!(left.is_empty(), "{left:?}");
-}
+use support::fleet::{Fleet, WEB, ask, free_port, kill, processes, until_answered};
+use support::names::{ANSWER, with_name_server};
+use support::until;
 
 /// Claims the address that is its first argument for a MAC address of its own, by ARP (RFC 826), then tries TCP and UDP.
 const ATTACK: &str = r#"
@@ -145,6 +36,16 @@ const ATTACK: &str = r#"
 const LISTEN: &str = r#"use IO::Socket::INET; $| = 1;
     my $socket = IO::Socket::INET->new(LocalPort => 80, Proto => "udp") or die $!;
     while (defined $socket->recv(my $words, 100)) { print "udp $words\n"; }"#;
+
+/// Tries an address of outside, names of outside, and one of the fleet.
+const ASKS: &str = r#"
+perl -MIO::Socket::INET -e 'print IO::Socket::INET->new(PeerAddr => $ARGV[0], Timeout => 9) ? "reaches\n" : "does not reach\n"' $1
+getent ahostsv4 service.example || echo unknown
+getent ahostsv4 lone || echo nobody
+until getent ahostsv4 in; do sleep 1; done
+echo done
+sleep 1000
+"#;
 
 /// As it stands in a text of TOML's, in one line.
 fn in_toml(text: &str) -> String {
@@ -198,10 +99,7 @@ fn services_reach_whom_they_may_and_nobody_else_by_any_address() {
     }
     output.wait_for("db-1 | udp from the app", 0);
     assert!(!output.text(0).contains("udp from the stranger"), "{}", output.text(0));
-    fleet.done(&["down"]);
-    let ended = running.wait();
-    assert_eq!(ended.code, Some(0), "{}", ended.stderr);
-    assert_nothing_runs();
+    fleet.down(running);
 }
 
 #[test]
@@ -248,31 +146,53 @@ fn a_published_port_leads_to_all_machines_and_a_change_touches_what_has_changed(
     assert!(Path::new(&fleet.path("data/vmm/volumes/shop/kept/shop-other-1")).exists(), "volumes outlive it");
     fleet.done(&["down", "--volumes"]);
     assert!(!Path::new(&fleet.path("data/vmm/volumes/shop")).exists());
-    assert_nothing_runs();
+    fleet.assert_nothing_runs();
 }
 
 #[test]
-#[ignore = "long: starts a fleet twice"]
+#[ignore = "long: starts a fleet three times"]
 fn killing_any_of_its_processes_ends_all_and_up_starts_afresh() {
     let port = free_port();
     let fleet = Fleet::new(&format!(
         "[services.web]\ncommand = ['sh', '-c', '{WEB}']\nmem = '64M'\nhealth = {{ tcp = 80 }}\npublish = ['{port}:80']\n"
     ));
-    let running = fleet.up();
-    running.stderr.wait_for("web-1: it is healthy", 0);
-    until_answered(port, "shop-web-1 ");
+    let running = fleet.up_to(&["web-1"]);
+    until_answered(port, "shop-web-1");
     running.signal(Signal::KILL);
-    assert_nothing_runs();
+    fleet.assert_nothing_runs();
     drop(running);
 
-    let running = fleet.up();
-    running.stderr.wait_for("web-1: it is healthy", 0);
-    until_answered(port, "shop-web-1 ");
-    let killed = std::process::Command::new("pkill").args(["-KILL", "-f", "exe watch"]).status();
-    assert!(killed.expect("it runs").success());
-    let ended = running.wait();
-    assert_eq!(ended.code, Some(1), "{ended:?}");
-    assert_nothing_runs();
+    for process in ["exe init", "exe watch"] {
+        let running = fleet.up_to(&["web-1"]);
+        until_answered(port, "shop-web-1");
+        kill(process);
+        let ended = running.wait();
+        assert_eq!(ended.code, Some(1), "{ended:?}");
+        fleet.assert_nothing_runs();
+    }
+}
+
+#[test]
+#[ignore = "long: starts three machines"]
+fn an_ordinary_user_has_a_fleet_as_root_has() {
+    let port = free_port();
+    let services = format!(
+        "[services.web]\ncommand = ['sh', '-c', '{WEB}']\nmem = '64M'\nhealth = {{ tcp = 80 }}\npublish = ['{port}:80']\n\
+         volumes = ['kept:/kept']\ndisks = ['disk:1M']\n\
+         [services.asks]\ncommand = ['sh', '-c', 'busybox wget -q -O - http://web/; blockdev --getsize64 /dev/vda; sleep 1000']\n\
+         mem = '64M'\nallow = ['web:80']\ndisks = ['other:2M']\ndepends_on = {{ web = 'healthy' }}\n\
+         [services.stranger]\ncommand = ['sh', '-c', 'busybox wget -q -T 5 -O - http://web/ || echo refused; sleep 1000']\n\
+         mem = '64M'\ndepends_on = {{ web = 'healthy' }}\n"
+    );
+    let fleet = Fleet::new(&services).by_an_ordinary_user(&services);
+    let running = fleet.up_to(&["web-1"]);
+    let output = running.stdout();
+    let asked = output.wait_for("asks-1 | shop-web-1\n", 0);
+    output.wait_for("asks-1 | 2097152\n", asked);
+    output.wait_for("stranger-1 | refused", 0);
+    until_answered(port, "shop-web-1");
+    fleet.down(running);
+    assert!(Path::new(&fleet.path("data/vmm/volumes/shop/disk.img")).exists(), "disks outlive it");
 }
 
 #[test]
@@ -294,7 +214,94 @@ fn a_machine_that_fails_again_and_again_is_given_up_with_its_last_lines() {
     assert!(shown.contains("vmm: panics-1:   vmm run: "), "{said}");
     assert_eq!(fleet.count("after", "waits"), 1);
     fleet.done(&["down"]);
-    assert_nothing_runs();
+    fleet.assert_nothing_runs();
+}
+
+#[test]
+#[ignore = "long: starts two machines"]
+fn names_and_addresses_of_outside_are_for_those_who_were_let_there() {
+    let here = TcpListener::bind((Ipv4Addr::UNSPECIFIED, 0)).expect("a port is free");
+    // Which of the host's addresses has the default route: nothing is sent.
+    let route = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).expect("a port is free");
+    route.connect((ANSWER, 9)).expect("there is a default route");
+    let address = route.local_addr().expect("it has one").ip();
+    let port = here.local_addr().expect("it has a port").port();
+    let service = |more: &str| {
+        format!(
+            "command = ['sh', '/here/asks.sh', '{address}:{port}']\nmem = '64M'\nvolumes = ['.:/here:ro']\n{more}\n"
+        )
+    };
+    let fleet = Fleet::new("[services.none]\ncommand = ['true']\n");
+    fs::write(fleet.path("shop/asks.sh"), ASKS).expect("there is room for files");
+    fleet.write(&format!("[services.in]\n{}[services.out]\n{}", service(""), service("internet = true")));
+    let wrapper = with_name_server(Path::new(&fleet.path("shop")));
+    let fleet = fleet.by(wrapper);
+    let running = fleet.up();
+    let output = running.stdout();
+    output.wait_for("out-1 | done", 0);
+    output.wait_for("in-1 | done", 0);
+    let text = output.text(0);
+    let said = |name: &str| text.lines().filter(|line| line.starts_with(name)).collect::<Vec<_>>().join("\n");
+    let (out, within) = (said("out-1 | "), said("in-1 | "));
+    assert!(out.contains("| reaches") && out.contains(&format!("| {ANSWER} ")) && out.contains("| nobody"), "{out}");
+    assert!(within.contains("| does not reach") && within.contains("| unknown"), "{within}");
+    assert!(!within.contains(&ANSWER.to_string()), "{within}");
+    fleet.down(running);
+}
+
+#[test]
+#[ignore = "long: starts two machines"]
+fn a_published_port_of_udp_leads_to_all_machines() {
+    let port = free_port();
+    let echo = r#"use Sys::Hostname; use IO::Socket::INET;
+        my $socket = IO::Socket::INET->new(LocalPort => 7000, Proto => "udp") or die $!;
+        while (defined $socket->recv(my $words, 100)) { $socket->send(hostname() . " heard " . $words); }"#;
+    let fleet = Fleet::new(&format!(
+        "[services.echo]\ncommand = [\"perl\", \"-e\", \"{}\"]\nmem = '64M'\nreplicas = 2\n\
+         publish = ['{port}:7000/udp']\n",
+        in_toml(echo)
+    ));
+    fleet.done(&["up", "--detach"]);
+    let mut answered = BTreeSet::new();
+    until("an answer of both machines", || {
+        // Each client is led to the next machine.
+        let client = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port is free");
+        client.set_read_timeout(Some(Duration::from_secs(2))).expect("it is a time");
+        let mut answer = [0; 100];
+        // A port that nobody listens at yet refuses.
+        let heard = client
+            .connect((Ipv4Addr::LOCALHOST, port))
+            .and_then(|()| client.send(b"hello"))
+            .and_then(|_| client.recv(&mut answer));
+        if let Ok(length) = heard {
+            answered.insert(String::from_utf8_lossy(&answer[..length]).into_owned());
+        }
+        answered.len() == 2
+    });
+    assert_eq!(answered.into_iter().collect::<Vec<_>>(), ["shop-echo-1 heard hello", "shop-echo-2 heard hello"]);
+    fleet.done(&["down"]);
+    fleet.assert_nothing_runs();
+}
+
+#[test]
+#[ignore = "long: starts 16 machines"]
+fn sixteen_machines_run_at_once_and_each_answers() {
+    let port = free_port();
+    let fleet = Fleet::new(&format!(
+        "[services.web]\ncommand = ['sh', '-c', '{WEB}']\nmem = '64M'\nreplicas = 16\npublish = ['{port}:80']\n\
+         health = {{ tcp = 80, interval = '30s', timeout = '30s' }}\n"
+    ));
+    let running = fleet.up();
+    for index in 1..=16 {
+        running.stderr.wait_for(&format!("web-{index}: it is healthy"), 0);
+    }
+    // Each connection is led to the next one.
+    let answered: BTreeSet<String> = (0..16).filter_map(|_| ask(port, "/").ok()).collect();
+    assert_eq!(answered.len(), 16, "{answered:?}");
+    assert_eq!(fleet.count("web", "healthy"), 16);
+    let ends = running.stderr.text(0);
+    assert!(!ends.contains("it has ended"), "{ends}");
+    fleet.down(running);
 }
 
 #[test]
@@ -315,5 +322,5 @@ fn what_cannot_be_is_said_before_anything_starts() {
     fleet.vmm(&["down", "-f", "nowhere.toml"]).run().assert_refused(&["nowhere.toml"]);
     fleet.write("[services.web]\ncommand = ['true']\n");
     fleet.vmm(&["down"]).run().assert_refused(&["vmm up"]);
-    assert_nothing_runs();
+    fleet.assert_nothing_runs();
 }

@@ -7,6 +7,7 @@
 
 pub(crate) mod devices;
 pub(crate) mod elf;
+pub(crate) mod fleet;
 pub(crate) mod guest;
 pub(crate) mod inject;
 pub(crate) mod machine;
@@ -37,7 +38,7 @@ pub(crate) fn vmm() -> PathBuf {
 /// A kernel or an initial file system.
 pub(crate) fn asset(name: &str) -> PathBuf {
     let path = PathBuf::from(variable("VMM_ASSETS")).join(name);
-    assert!(path.exists(), "{} does not exist: run `cargo xtask test`", path.display());
+    assert!(path.exists(), "{} does not exist: run `cargo xtask test --all`", path.display());
     path
 }
 

@@ -82,6 +82,10 @@ fn set_up() -> Result<Spec> {
     mount_at("debugfs", "/sys/kernel/debug", "debugfs")?;
     network::set_up().context("Cannot set up the emulated host's network")?;
     sethostname(b"vmm-host")?;
+    // As udev has them: an ordinary user's machines can be tried here.
+    for device in ["/dev/kvm", "/dev/net/tun"] {
+        fs::set_permissions(device, Permissions::from_mode(0o666))?;
+    }
     setrlimit(Resource::Nofile, Rlimit { current: Some(1024), maximum: Some(1 << 19) })?;
     load_modules_on_demand(&spec)?;
     Ok(spec)
