@@ -11,7 +11,7 @@ use guest::initramfs::Archive;
 use crate::apt::{self, Package};
 use crate::cache;
 use crate::image::{self, ImageSpec};
-use crate::{kernel, progress};
+use crate::{database, kernel, progress};
 
 /// The modules that the emulated host loads, with what they need. The kernel there can load others by itself.
 const HOST_MODULES: &[&str] = &[
@@ -182,9 +182,10 @@ pub(crate) fn shell_initramfs() -> Result<PathBuf> {
 /// | `debian-6.1` | the folder of the first one's package: `boot`, `lib/modules` |
 /// | `small-bzImage`, `small-vmlinux` | the small kernel |
 /// | `debian` | a folder as `cargo xtask image` makes it, with nginx and fio |
+/// | `database` | with `servers`, a folder with a database on a disk ([`database::disk`]) |
 /// | `initramfs-shell` | [`shell_initramfs`] |
 /// | `initramfs-reboot`, `initramfs-mark` | [`reboot_initramfs`] without and with the mark |
-pub(crate) fn directory() -> Result<PathBuf> {
+pub(crate) fn directory(servers: bool) -> Result<PathBuf> {
     let mut links = Vec::new();
     for (name, flavour) in [
         ("debian-6.1", Flavour::Cloud61),
@@ -202,6 +203,9 @@ pub(crate) fn directory() -> Result<PathBuf> {
     links.push(("small-bzImage".into(), small.bzimage));
     links.push(("small-vmlinux".into(), small.vmlinux));
     links.push(("debian".into(), image::debian_image(&ImageSpec::with(&["fio", "nginx-light"]))?));
+    if servers {
+        links.push(("database".into(), database::disk()?));
+    }
     links.push(("initramfs-shell".into(), shell_initramfs()?));
     links.push(("initramfs-reboot".into(), reboot_initramfs(false)?));
     links.push(("initramfs-mark".into(), reboot_initramfs(true)?));

@@ -25,6 +25,7 @@ mod assets;
 mod bench;
 mod build;
 mod cache;
+mod database;
 mod demo;
 mod host;
 mod image;
@@ -67,7 +68,7 @@ fn main() -> ExitCode {
         Xtask::Setup => setup::run().map(|()| ExitCode::SUCCESS),
         Xtask::Demo => demo::run().map(ExitCode::from),
         Xtask::Test(args) => test::run(&args).map(|passed| if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE }),
-        Xtask::Assets => assets::directory().map(|directory| {
+        Xtask::Assets => setup::with_servers().and_then(|()| assets::directory(true)).map(|directory| {
             println!("{}", directory.display());
             ExitCode::SUCCESS
         }),

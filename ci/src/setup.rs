@@ -1,4 +1,5 @@
-//! `cargo xtask setup`: installs the Debian packages that the other verbs need, and only those that are missing.
+//! `cargo xtask setup`: installs the Debian packages that the other verbs need, and only those that are missing. The
+//! servers of the example fleets, which a Debian starts when it has them, are installed by `cargo xtask test --all` alone.
 
 use std::process::Command;
 
@@ -13,12 +14,14 @@ const PACKAGES: &[&str] = &[
     "qemu-system-common",
     "qemu-system-x86",
     // The tests.
+    "busybox-static",
     "cpio",
     "crun",
     "dnsmasq-base",
     "iproute2",
     "nftables",
     "passt",
+    "procps",
     "qemu-utils",
     "squashfs-tools",
     "strace",
@@ -40,9 +43,21 @@ const PACKAGES: &[&str] = &[
     "uidmap",
 ];
 
+/// What the machines of the example fleets run.
+const SERVERS: &[&str] = &["haproxy", "libdbd-pg-perl", "nginx", "postgresql-15"];
+
 /// Installs what is missing.
 pub(crate) fn run() -> Result<()> {
-    let missing = apt::missing(PACKAGES)?;
+    install(PACKAGES)
+}
+
+/// Installs what is missing for the long tests.
+pub(crate) fn with_servers() -> Result<()> {
+    install(&[PACKAGES, SERVERS].concat())
+}
+
+fn install(packages: &[&str]) -> Result<()> {
+    let missing = apt::missing(packages)?;
     if missing.is_empty() {
         return Ok(());
     }

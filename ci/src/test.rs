@@ -29,7 +29,8 @@ const ANY_KVM: [&str; 5] = ["bad_devices", "bad_input", "control", "sandbox", "t
 /// Those whose guests have several processors: on one processor a guest's wait for each other, and for nothing else.
 const SEVERAL_PROCESSORS: [&str; 1] = ["smp"];
 /// Those that take minutes.
-const LONGEST: [&str; 9] = ["bench", "devices", "run", "host", "debian", "machines", "image", "crash", "fleet"];
+const LONGEST: [&str; 10] =
+    ["fleets", "bench", "fleet", "devices", "run", "host", "debian", "machines", "image", "crash"];
 /// How many tests that boot guests run at a time in one executable: each guest keeps a processor busy.
 const BOOTING_TESTS: &str = "--test-threads=1";
 
@@ -51,7 +52,7 @@ pub(crate) struct Args {
 
 /// Runs the verb. Returns whether all tests passed.
 pub(crate) fn run(args: &Args) -> Result<bool> {
-    setup::run()?;
+    if args.all { setup::with_servers() } else { setup::run() }?;
     let host = Host { timeout: TIME_LIMIT, ..Host::default() };
     let Built { vmm, units, mut booting, mut own } = Built::by_cargo(args)?;
     if let Some(filter) = &args.filter {
@@ -68,7 +69,7 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
     let unit = |executable| Job { executable, place: here.clone(), of_vmm: None, second_chance: false };
     tally.run(&units.into_iter().map(unit).collect::<Vec<_>>(), args)?;
     if !own.is_empty() || !booting.is_empty() {
-        let of_vmm = Some((vmm.as_path(), assets::directory()?));
+        let of_vmm = Some((vmm.as_path(), assets::directory(args.all)?));
         let place = Place::for_kernels(&vmm, host);
         // They start emulated hosts themselves.
         let own_job = |executable| Job { executable, place: Place::Here, of_vmm: of_vmm.clone(), second_chance: true };
@@ -107,7 +108,7 @@ impl Built {
         thread::scope(|scope| {
             let vmm = scope.spawn(build::vmm);
             // Few tests may need none of it.
-            let assets = args.filter.is_none().then(|| scope.spawn(assets::directory));
+            let assets = args.filter.is_none().then(|| scope.spawn(|| assets::directory(args.all)));
             let units = build::tests(args.all)?;
             let (booting, own) = (build::integration_tests("vmm")?, build::integration_tests("xtask")?);
             if let Some(assets) = assets {

@@ -1,4 +1,4 @@
-# Answers every request with who it is and what the database has counted, over one connection to the database.
+# Answers every request at port 8000 with who it is and what the database at $PGHOST has counted, over one connection to it.
 use strict;
 use warnings;
 use DBI;
@@ -12,7 +12,7 @@ my $db;
 # A database that was started again is connected to again.
 sub count {
     for (1 .. 2) {
-        $db ||= DBI->connect_cached('dbi:Pg:dbname=postgres;host=db', 'postgres', $password, { PrintError => 0 }) or next;
+        $db ||= DBI->connect_cached('dbi:Pg:dbname=postgres', 'postgres', $password, { PrintError => 0 }) or next;
         my ($count) = eval { $db->selectrow_array("select nextval('requests')") };
         return $count if defined $count;
         $db->disconnect;
@@ -21,8 +21,10 @@ sub count {
     return undef;
 }
 
+# A client that has gone is no reason to end.
+$SIG{PIPE} = 'IGNORE';
 my $service = IO::Socket::INET->new(LocalPort => 8000, Listen => 100, ReuseAddr => 1) or die "no port: $!";
-$db = DBI->connect('dbi:Pg:dbname=postgres;host=db', 'postgres', $password) or die 'no database';
+$db = DBI->connect('dbi:Pg:dbname=postgres', 'postgres', $password) or die 'no database';
 $db->do('create sequence if not exists requests');
 while (my $client = $service->accept) {
     while (defined(my $line = <$client>)) { last if $line =~ /^\r?\n$/ }
