@@ -106,7 +106,7 @@ const fn instruction(code: u32, jt: u8, jf: u8, k: u32) -> libc::sock_filter {
 }
 
 /// No socket but those that it has, and no ring by which to make one past this filter. It stays for all that virtiofsd becomes.
-#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "codes and numbers of calls are small")]
+#[expect(clippy::cast_possible_truncation, reason = "codes and numbers of calls are small")]
 static NO_SOCKETS: [libc::sock_filter; 9] = [
     load(ARCHITECTURE),
     instruction(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 6, X86_64),
