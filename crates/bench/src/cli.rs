@@ -19,6 +19,7 @@ use crate::measure::Group;
 use crate::result::{self, Report, VERSION, write_whole};
 use crate::run::Run;
 use crate::site::Site;
+use crate::stats::ENOUGH;
 use crate::{compare, csv, html, run, table, tools};
 
 /// The exit code where a condition of --fail-if holds.
@@ -83,7 +84,7 @@ struct BenchArgs {
     #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = kv::from_str::<Size>)]
     mem: Size,
 
-    /// Rounds: 10 in the quick suite, 30 in the full one
+    /// Rounds: 8 in the quick suite, the fewest that can be compared, 30 in the full one
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1000))]
     rounds: Option<u32>,
 
@@ -257,7 +258,7 @@ impl Suite {
 
     fn rounds(self) -> u32 {
         match self {
-            Self::Quick => 10,
+            Self::Quick => ENOUGH,
             Self::Full => 30,
         }
     }

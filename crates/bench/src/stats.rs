@@ -11,7 +11,7 @@ use crate::measure::Better;
 pub(crate) const CONFIDENCE: f64 = 0.99;
 /// With fewer samples the widest interval there is, from the least to the greatest, holds the true median less often
 /// than that: 1 - 2 / 2^n.
-pub(crate) const ENOUGH: usize = 8;
+pub(crate) const ENOUGH: u32 = 8;
 /// How often samples are drawn anew.
 const DRAWS: usize = 2000;
 
@@ -101,7 +101,7 @@ impl Estimate {
             let drawn: Vec<(f64, f64)> = pairs.iter().map(|_| pairs[rng.below(pairs.len())]).collect();
             of(&drawn)
         };
-        Self::bootstrap(of(&pairs)?, draw, rng).filter(|_| pairs.len() >= ENOUGH)
+        Self::bootstrap(of(&pairs)?, draw, rng).filter(|_| pairs.len() >= ENOUGH as usize)
     }
 
     /// As [`Self::ratio`], of samples of different runs, whose rounds have nothing to do with each other.
@@ -114,7 +114,7 @@ impl Estimate {
         };
         let draw = |rng: &mut Rng| quotient(redraw(&now, rng)?, redraw(&before, rng)?, better);
         let whole = quotient(median(&mut now.clone())?, median(&mut before.clone())?, better)?;
-        Self::bootstrap(whole, draw, rng).filter(|_| now.len().min(before.len()) >= ENOUGH)
+        Self::bootstrap(whole, draw, rng).filter(|_| now.len().min(before.len()) >= ENOUGH as usize)
     }
 
     /// Whether this, a ratio, says that there is a difference: its interval excludes 1.
@@ -187,9 +187,14 @@ mod tests {
 
     #[test]
     fn a_planted_slowdown_of_a_tenth_is_found() {
-        for (factor, better) in [(1.1, Better::Lower), (1.0 / 1.1, Better::Higher)] {
-            let found = seen(10, factor, better);
-            assert!(found >= 390, "{found} of 400");
+        for (rounds, factor, better) in [
+            (8, 1.1, Better::Lower),
+            (10, 1.1, Better::Lower),
+            (10, 1.0 / 1.1, Better::Higher),
+            (30, 1.1, Better::Lower),
+        ] {
+            let found = seen(rounds, factor, better);
+            assert!(found >= 380, "{found} of 400 with {rounds} rounds");
         }
     }
 

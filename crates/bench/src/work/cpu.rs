@@ -38,11 +38,10 @@ pub(super) fn all(time: Duration) -> anyhow::Result<()> {
 /// Waits until this processor does as much in one moment as in the next: what a start leaves to be done, such as the end
 /// of another container, is not to be taken for the price of a measure.
 pub(super) fn settle(time: Duration) {
-    const PATIENCE: Duration = Duration::from_secs(2);
     let start = Instant::now();
     let mut before = integer(time / 2);
     let mut calm = 0;
-    while calm < 2 && start.elapsed() < PATIENCE {
+    while calm < 2 && start.elapsed() < 10 * time {
         let now = integer(time / 2);
         calm = if (now - before).abs() <= before / 20.0 { calm + 1 } else { 0 };
         before = now;
