@@ -80,7 +80,8 @@ fn one_that_crashes_and_one_that_hangs_are_reported_and_the_rest_goes_on() {
     assert_code(&output, 0);
     let result = place.result();
     let faults = result["faults"].as_array().unwrap();
-    for (contender, what) in [("crun", "no rights"), ("crun#2", "still there after 10 s"), ("crun#3", "said nonsense")] {
+    for (contender, what) in [("crun", "no rights"), ("crun#2", "still there after 10 s"), ("crun#3", "said nonsense")]
+    {
         let own: Vec<_> = faults.iter().filter(|fault| fault["contender"] == contender).collect();
         // Who never was well is not tried for ever.
         assert_eq!(own.len(), 2, "{faults:?}");

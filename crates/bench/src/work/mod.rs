@@ -104,6 +104,8 @@ pub(crate) fn as_init() -> ExitCode {
     if !settings.groups.is_empty() && set_up().is_ok() {
         do_it(&settings);
     }
+    // What the serial port has not sent would be lost with the machine.
+    let _ = rustix::termios::tcdrain(rustix::stdio::stdout());
     rustix::fs::sync();
     let _ = reboot(if settings.reboots { RebootCommand::Restart } else { RebootCommand::PowerOff });
     // Some machines end only by the other way.
