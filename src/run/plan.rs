@@ -20,7 +20,8 @@ use guest::initramfs::Archive;
 use guest::request::{Address, Exec, Interface, Mount, MountFlag, Program, Setup};
 use machine::{CpusSpec, OnEnd, VmConfig};
 use memory::MemorySpec;
-use rustix::fs::{MemfdFlags, memfd_create};
+use rustix::fs::{MemfdFlags, OFlags, memfd_create, open};
+use rustix::io::Errno;
 use sandbox::Mode;
 use session::{Folder, Record, Variable, environment, terminal_size};
 
@@ -357,7 +358,14 @@ impl Root {
         self.mount("upper", "/upper", "tmpfs", "mode=755");
         self.mount("tmp", "/tmp", "tmpfs", "mode=1777");
         for name in userland::folders(&mut self.archive)? {
-            self.layered(&Path::new("/").join(name), name, &format!("/{name}"));
+            let (path, target) = (Path::new("/").join(name), format!("/{name}"));
+            // The guest's overlayfs opens with O_NOATIME, and virtiofsd may no more than we: an ordinary user's guest cannot
+            // write there.
+            let flags = OFlags::NOATIME | OFlags::DIRECTORY | OFlags::CLOEXEC;
+            match open(&path, flags, rustix::fs::Mode::empty()) {
+                Err(Errno::PERM) => self.share(&path, &target, true),
+                _ => self.layered(&path, name, &target),
+            }
         }
         if spec.workdir.is_none() {
             let here = env::current_dir().context("cannot find the current folder")?;
