@@ -18,7 +18,7 @@ use fleet::plan::Machine;
 use fleet::rules::View;
 
 /// How long a machine has to take a connection.
-const CONNECT: Duration = Duration::from_secs(2);
+const CONNECT: Duration = Duration::from_secs(5);
 /// Connections at a time; the next one is refused.
 const MOST: usize = 1000;
 
