@@ -24,10 +24,10 @@ const MOST: u64 = 1 << 30;
 
 pub(super) fn all(settings: &Settings) -> anyhow::Result<()> {
     let (path, time) = (settings.disk.as_deref().context("there is none")?, settings.time);
+    let (disk, is_direct) = Disk::open(path)?;
     if settings.has_tools {
-        return tools::fio(path, time);
+        return tools::fio(path, is_direct, time);
     }
-    let disk = Disk::open(path)?;
     say("disk-read", disk.random(1, false, time)?);
     say("disk-read-32", disk.random(32, false, time)?);
     say("disk-write-32", disk.random(32, true, time)?);
@@ -58,10 +58,13 @@ fn aligned(size: usize) -> anyhow::Result<Pages> {
 }
 
 impl Disk {
-    fn open(path: &Path) -> anyhow::Result<Self> {
+    /// Opens it; says whether the page cache is passed by.
+    fn open(path: &Path) -> anyhow::Result<(Self, bool)> {
         let open = |flags| OpenOptions::new().read(true).write(true).custom_flags(flags).open(path);
         let direct = i32::try_from(OFlags::DIRECT.bits()).context("a flag")?;
+        let mut is_direct = true;
         let file = open(direct).or_else(|_| {
+            is_direct = false;
             skip("disk-direct", "the file system cannot pass the page cache by: these are the cache's figures");
             open(0)
         });
@@ -69,7 +72,7 @@ impl Disk {
         // A block device has no length of its own in its metadata.
         let size = rustix::fs::seek(&file, rustix::fs::SeekFrom::End(0)).context("its size is not known")?.min(MOST);
         ensure!(size >= LARGE as u64, "the disk is smaller than one request");
-        Ok(Self { file, size })
+        Ok((Self { file, size }, is_direct))
     }
 
     /// Requests a second, `depth` at a time.

@@ -33,10 +33,11 @@ fn json(mut command: Command) -> anyhow::Result<Value> {
 }
 
 /// The measures of the disk.
-pub(super) fn fio(disk: &Path, time: Duration) -> anyhow::Result<()> {
+pub(super) fn fio(disk: &Path, is_direct: bool, time: Duration) -> anyhow::Result<()> {
     let run = |words: &str, side: &str, figure: &str| {
         let mut command = tool("fio");
-        command.args(["--name=bench", "--output-format=json", "--time_based", "--direct=1", "--fallocate=none"]);
+        command.args(["--name=bench", "--output-format=json", "--time_based", "--fallocate=none"]);
+        command.arg(format!("--direct={}", u8::from(is_direct)));
         command.arg(format!("--filename={}", disk.display())).arg(format!("--size={}", crate::site::DISK));
         command.arg(format!("--runtime={}ms", time.as_millis().max(500))).args(words.split(' '));
         let said = json(command)?;
