@@ -85,6 +85,7 @@ fn raw_disks_on_pci_are_their_files_through_a_reboot_and_a_kill() {
 }
 
 #[test]
+#[ignore = "long: boots three guests more"]
 fn raw_disks_on_mmio_are_their_files_through_a_reboot_and_a_kill() {
     raw_disks("mmio");
 }

@@ -73,7 +73,7 @@ fn main() -> ExitCode {
             ExitCode::SUCCESS
         }),
         Xtask::Host(args) => host::run(&args).map(ExitCode::from),
-        Xtask::Lint(args) => lint::run(args).map(|()| ExitCode::SUCCESS),
+        Xtask::Lint(args) => lint::run(&args).map(|()| ExitCode::SUCCESS),
         Xtask::Bench(args) => bench::run(&args).map(|()| ExitCode::SUCCESS),
         Xtask::Kernel(args) => kernel::run(args).map(|()| ExitCode::SUCCESS),
         Xtask::Image(args) => image::run(&args).map(|()| ExitCode::SUCCESS),

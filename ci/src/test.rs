@@ -75,6 +75,7 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
         let own_job = |executable| Job { executable, place: Place::Here, of_vmm: of_vmm.clone(), second_chance: true };
         let job = |executable: Executable| {
             let place = match executable.name.as_str() {
+                _ if !args.all && has_long_tests_only(&executable) => Place::Here,
                 name if ANY_KVM.contains(&name) => here.clone(),
                 name if SEVERAL_PROCESSORS.contains(&name) => place.clone().with_cpus(2),
                 _ => place.clone(),
@@ -131,6 +132,16 @@ fn with_tests(executables: Vec<Executable>, filter: &str) -> Result<Vec<Executab
         }
     }
     Ok(found)
+}
+
+/// Whether no host need be started for it, since its tests are left out.
+fn has_long_tests_only(executable: &Executable) -> bool {
+    let list = |which: &str| {
+        let output = Command::new(&executable.path).args(["--list", "--format", "terse", which]).output();
+        output.map(|output| output.stdout).ok()
+    };
+    let all = list("--include-ignored");
+    all.is_some() && list("--ignored") == all
 }
 
 /// A test executable to run.
