@@ -17,7 +17,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::mount::{mount_bind, mount_bind_recursive};
+use rustix::process::{Pid, Signal, chroot, kill_process};
 use serde::{Deserialize, Serialize};
 
 use crate::host::Host;
@@ -55,6 +56,9 @@ pub(super) struct Plan {
     pub(super) files: BTreeMap<String, PathBuf>,
     /// Commands that are run first, one after the other; a program is a path, or a name in the folder.
     pub(super) prepare: Vec<Vec<String>>,
+    /// A folder in the folder that is the root of what is measured, once it has been prepared: of the shared file system not
+    /// even a name is looked up then. /proc, /sys, /dev and /run are there, too.
+    pub(super) root: Option<String>,
     /// Commands that run for as long as there is something to measure.
     pub(super) services: Vec<Vec<String>>,
     pub(super) runs: Vec<Run>,
@@ -68,7 +72,7 @@ impl Plan {
     ///
     /// When it counts instructions QEMU stands still in one host of a dozen, so a run has several chances, and says so.
     pub(super) fn carry_out(self, host: &Host, together: usize) -> Result<BTreeMap<String, Measured>> {
-        let Self { files, prepare, services, runs, tolerant } = self;
+        let Self { files, prepare, root, services, runs, tolerant } = self;
         let mut groups: Vec<Vec<Run>> = Vec::new();
         for run in runs {
             match groups.last_mut().filter(|group| group.len() < together) {
@@ -80,8 +84,8 @@ impl Plan {
         let lane = || {
             let mut measured = BTreeMap::new();
             while let Some(runs) = { queue.lock().expect("no lane panics").next() } {
-                let (files, prepare, services) = (files.clone(), prepare.clone(), services.clone());
-                let plan = Self { files, prepare, services, runs, tolerant };
+                let (files, prepare, root, services) = (files.clone(), prepare.clone(), root.clone(), services.clone());
+                let plan = Self { files, prepare, root, services, runs, tolerant };
                 measured.extend(plan.try_several_times(host)?);
             }
             Ok(measured)
@@ -186,6 +190,9 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             words_command(words, folder)?.status().with_context(|| format!("Cannot run {}", words.join(" ")))?;
         ensure!(status.success(), "{} ended with {status}", words.join(" "));
     }
+    if let Some(root) = &plan.root {
+        enter(&folder.join(root)).with_context(|| format!("Cannot make {root} the root"))?;
+    }
     let mut services = Vec::new();
     for words in &plan.services {
         services
@@ -222,6 +229,18 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     }
     println!("{}", serde_json::to_string(&measured)?);
     Ok(())
+}
+
+/// Makes a folder the root, and a mount, as every root is; with what the kernel shows in it.
+fn enter(root: &Path) -> Result<()> {
+    mount_bind(root, root)?;
+    for name in ["proc", "sys", "dev", "run"] {
+        let place = root.join(name);
+        fs::create_dir_all(&place)?;
+        mount_bind_recursive(Path::new("/").join(name), &place)?;
+    }
+    chroot(root)?;
+    Ok(std::env::set_current_dir("/")?)
 }
 
 fn command(run: &Run, folder: &Path) -> Result<Command> {

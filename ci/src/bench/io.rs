@@ -239,6 +239,7 @@ impl Bench {
         Plan {
             files,
             prepare: prepare.iter().map(|line| words(line)).collect(),
+            root: None,
             services: services.map(words).to_vec(),
             runs,
             // QEMU stands still in the emulated host now and then; what else was measured holds.

@@ -38,20 +38,18 @@ const TIME_LIMIT: u64 = 300;
 /// The exit code of `vmm` for a guest that rebooted.
 const REBOOTED: i32 = 3;
 
-/// Puts the programs that a run needs into memory, over those of the shared file system.
+/// Puts the programs that a run needs into memory, with what they read.
 const PREPARE: &str = "set -e
-    root=$PWD/root
     for program in /bin/true /usr/lib/qemu/virtiofsd $(command -v passt); do
-        cp --parents --dereference $program $(ldd $program | grep -o '/[^ ]*' || true) $root
+        cp --parents --dereference $program $(ldd $program | grep -o '/[^ ]*' || true) root
     done
     # As Debian has it: /bin and /lib lead below /usr.
     for name in bin lib lib64; do
-        if [ -d $root/$name ]; then mkdir -p $root/usr/$name; cp -a $root/$name/. $root/usr/$name/; fi
+        if [ -d root/$name ]; then mkdir -p root/usr/$name; cp -a root/$name/. root/usr/$name/; rm -r root/$name; fi
+        ln -s usr/$name root/$name
     done
-    cp -a /etc $root
-    mount --bind $root/etc /etc
-    mount -t tmpfs none /opt
-    mount --bind $root/usr /usr";
+    cp -a /etc root
+    mkdir root/tmp";
 
 /// Runs the verb.
 pub(crate) fn run(args: &Args) -> Result<()> {
@@ -69,7 +67,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let prepare = ["/bin/mkdir -p root", "/bin/sh -c"].map(words);
     let mut prepare = prepare.to_vec();
     prepare[1].push(PREPARE.to_owned());
-    let plan = Plan { files, prepare, runs: runs(), ..Plan::default() };
+    let plan = Plan { files, prepare, root: Some("root".into()), runs: runs(), ..Plan::default() };
     let step = progress::step("Measuring on the instruction clock; this takes some minutes");
     let measured = plan.carry_out(&Host { timeout: TIME_LIMIT, icount: true, ..Host::default() }, 2)?;
     drop(step);
