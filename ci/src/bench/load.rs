@@ -8,8 +8,6 @@ use super::inside::Line;
 pub(super) struct Load {
     pub(super) name: &'static str,
     kind: Kind,
-    /// How often QEMU's speed is asked for.
-    pub(super) asked: f64,
     /// Requests, or MiB of a stream, in the short run of it.
     amount: u64,
 }
@@ -36,22 +34,22 @@ pub(super) struct Figure {
 /// How many times the short run the long one is.
 const LONGER: u64 = 3;
 
-const fn disk(name: &'static str, (mode, block, depth): (&'static str, u64, u64), amount: u64, asked: f64) -> Load {
-    Load { name, kind: Kind::Disk(mode, block, depth), asked, amount }
+const fn disk(name: &'static str, (mode, block, depth): (&'static str, u64, u64), amount: u64) -> Load {
+    Load { name, kind: Kind::Disk(mode, block, depth), amount }
 }
 
 pub(super) const DISK: [Load; 6] = [
-    disk("disk, random read 4 KiB, depth 32", ("randread", 4, 32), 1024, 2.2),
-    disk("disk, random write 4 KiB, depth 32", ("randwrite", 4, 32), 1024, 1.6),
-    disk("disk, random read 4 KiB, depth 1", ("randread", 4, 1), 512, 1.2),
-    disk("disk, random write 4 KiB, depth 1", ("randwrite", 4, 1), 512, 1.2),
-    disk("disk, sequential read 128 KiB, depth 32", ("read", 128, 32), 128, 1.2),
-    disk("disk, sequential write 128 KiB, depth 32", ("write", 128, 32), 128, 1.2),
+    disk("disk, random read 4 KiB, depth 32", ("randread", 4, 32), 1024),
+    disk("disk, random write 4 KiB, depth 32", ("randwrite", 4, 32), 1024),
+    disk("disk, random read 4 KiB, depth 1", ("randread", 4, 1), 512),
+    disk("disk, random write 4 KiB, depth 1", ("randwrite", 4, 1), 512),
+    disk("disk, sequential read 128 KiB, depth 32", ("read", 128, 32), 128),
+    disk("disk, sequential write 128 KiB, depth 32", ("write", 128, 32), 128),
 ];
 pub(super) const NET: [Load; 3] = [
-    Load { name: "network, guest to host", kind: Kind::Send, asked: 1.7, amount: 8 },
-    Load { name: "network, host to guest", kind: Kind::Receive, asked: 1.4, amount: 8 },
-    Load { name: "network, request and response", kind: Kind::Respond, asked: 1.0, amount: 200 },
+    Load { name: "network, guest to host", kind: Kind::Send, amount: 8 },
+    Load { name: "network, host to guest", kind: Kind::Receive, amount: 8 },
+    Load { name: "network, request and response", kind: Kind::Respond, amount: 200 },
 ];
 
 /// What the guest is told.

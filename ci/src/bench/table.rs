@@ -48,10 +48,7 @@ pub(super) fn medians(measured: &BTreeMap<String, Measured>, whose: &str) -> Res
 
 /// Prints the figures of ours, of QEMU as it comes, and of QEMU at its best.
 pub(super) fn print([ours, mmio, pci]: &[Figures; 3]) {
-    println!(
-        "{:42} {:>10} {:>17} {:>6} {:>17} {:>16}",
-        "", "ours", "QEMU (ours is)", "asked", "QEMU PCI (ours is)", "exits a piece"
-    );
+    println!("{:42} {:>10} {:>17} {:>18} {:>16}", "", "ours", "QEMU (ours is)", "QEMU PCI (ours is)", "exits a piece");
     for vhost in ["off", "on"] {
         for load in loads(vhost) {
             let name = figure_name(vhost, load);
@@ -64,9 +61,8 @@ pub(super) fn print([ours, mmio, pci]: &[Figures; 3]) {
                 (_, None) => "-".to_owned(),
             });
             let exits = [ours, mmio, pci].map(|figures| exits(figures.get(&name))).join(" / ");
-            let asked = if vhost == "on" { 1.0 } else { load.asked };
             let own = own.map_or("-".to_owned(), |figure| load.shown(figure));
-            println!("{name:42} {own:>10} {mmio_cell:>17} {asked:>6} {pci_cell:>18} {exits:>16}");
+            println!("{name:42} {own:>10} {mmio_cell:>17} {pci_cell:>18} {exits:>16}");
         }
     }
 }
